@@ -1,0 +1,1 @@
+"""The Hugging Face side of a model: parameter names, tensor layout, safetensors in and out."""
