@@ -1,0 +1,169 @@
+"""One rank's part of a model: filled from a model folder, gathered back from all ranks.
+
+`parameters` are always this rank's by Megatron name with layers numbered through the whole model, as `parameters_of`
+gives them; so neither pipeline stages nor their interleaving are seen here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_distill.errors import ModelError
+from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.mapping import Rule, rules
+from megatron_distill.models.spec import ModelSpec
+
+
+def parameters_of(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """All parameters of the GPTModels that this rank holds: one, or several with an interleaved pipeline.
+
+    Wrappers' `module.` is taken off the names, and layers are renumbered from the chunk's count to the model's.
+    """
+    found: dict[str, Tensor] = {}
+    for chunk in chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        layers = {f"decoder.layers.{n}.": layer.layer_number - 1 for n, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            prefix = next((prefix for prefix in layers if name.startswith(prefix)), None)
+            rest = name if prefix is None else f"decoder.layers.{layers[prefix]}.{name.removeprefix(prefix)}"
+            found[rest] = parameter
+    return found
+
+
+def uses_te_names(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether the model was built with Transformer Engine's layer spec."""
+    return any(name.endswith(".layer_norm_weight") for name in parameters)
+
+
+def load_stage(
+    parameters: Mapping[str, Tensor],
+    spec: ModelSpec,
+    reader: SafetensorsFolder,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+) -> None:
+    """Fill this rank's parameters in place, reading only its slices and holding one parameter's worth at a time.
+
+    Args:
+        parameters: converted to each parameter's own type.
+        spec: the architecture.
+        reader: the model folder.
+        tp_rank: tensor-parallel rank.
+        tp_size: tensor-parallel ranks.
+
+    Raises:
+        ModelError: the folder lacks a tensor, has one that the model has no place for, or one of another shape;
+            or the model does not divide over `tp_size`.
+    """
+    check_names(spec, reader)
+    table = {rule.name: rule for rule in rules(spec, uses_te_names(parameters))}
+    layers = {rule.layer for name in parameters if (rule := table.get(name)) and rule.layer is not None}
+    expected = {name for name, rule in table.items() if rule.layer in layers or name in parameters}
+    assert expected == set(parameters), f"the built model and the table differ: {sorted(expected ^ set(parameters))}"
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            _fill(parameter, table[name], reader, tp_rank, tp_size)
+
+
+def _fill(parameter: Tensor, rule: Rule, reader: SafetensorsFolder, tp_rank: int, tp_size: int) -> None:
+    rows = parameter.shape[0] if rule.vocabulary else None
+    parts = []
+    for index, (name, shape) in enumerate(zip(rule.hf, rule.shapes, strict=True)):
+        if (found := reader.shape(name)) != shape:
+            raise ModelError(f"{reader.file(name)}: {name} is {found}, the config says {shape}; files do not match")
+        if rule.dim is None:
+            parts.append(reader.read(name))
+        else:
+            start, stop = rule.extent(index, tp_rank, tp_size, rows)
+            parts.append(reader.read(name, rule.dim, start, stop))
+    shard = rule.merge(parts)
+    real = shard.shape[0] if rule.vocabulary else parameter.shape[0]
+    assert parameter[:real].shape == shard.shape, (rule.name, parameter.shape, shard.shape)
+    parameter[:real].copy_(shard)
+    parameter[real:].zero_()
+
+
+def check_names(spec: ModelSpec, reader: SafetensorsFolder) -> None:
+    """Hold the folder's names against the architecture's.
+
+    Raises:
+        ModelError: a tensor is missing, or there is one that the architecture has no place for.
+    """
+    wanted = {name for rule in rules(spec) for name in rule.hf}
+    # Old folders store frequencies, which follow from the config.
+    surplus = {name for name in reader.names - wanted if not name.endswith(".rotary_emb.inv_freq")}
+    if spec.tied_embeddings and "lm_head.weight" in surplus:
+        _check_tied(spec, reader)
+        surplus.discard("lm_head.weight")
+    if missing := sorted(wanted - reader.names):
+        raise ModelError(
+            f"{reader.path}: {len(missing)} tensors missing, first {missing[0]}; complete the download, "
+            "or correct config.json"
+        )
+    if surplus:
+        first = min(surplus)
+        raise ModelError(
+            f"{reader.file(first)}: {len(surplus)} tensors have no place in a {spec.family} model of "
+            f"{spec.num_layers} layers, first {first}; config.json and weights do not belong together"
+        )
+
+
+def _check_tied(spec: ModelSpec, reader: SafetensorsFolder, rows: int = 8192) -> None:
+    """A stored head beside tied embeddings must equal them: transformers would untie them otherwise."""
+    for start in range(0, spec.vocab_size, rows):
+        stop = min(start + rows, spec.vocab_size)
+        head, embedding = (
+            reader.read(name, 0, start, stop) for name in ("lm_head.weight", "model.embed_tokens.weight")
+        )
+        if not torch.equal(head, embedding):
+            raise ModelError(
+                f"{reader.file('lm_head.weight')}: lm_head.weight differs from the embedding, but config.json says "
+                "tie_word_embeddings; set it to false there if the head is trained"
+            )
+
+
+def gather_over(
+    parameters: Mapping[str, Tensor], *, tp_group: ProcessGroup | None = None, pp_group: ProcessGroup | None = None
+) -> Callable[[Rule], Sequence[Tensor]]:
+    """The `shards` of `mapping.export` where ranks hold parts: every rank gets every tensor.
+
+    Collective over both groups, when called and whenever its result is. The pipeline stage that owns a parameter
+    gathers it over its tensor-parallel ranks; then the shards go to the other stages.
+
+    Args:
+        parameters: this rank's.
+        tp_group: tensor-parallel group; None when alone.
+        pp_group: pipeline group; None when alone.
+    """
+    tp_size = 1 if tp_group is None else tp_group.size()
+    device = next(iter(parameters.values())).device
+    held = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parameters.items()}
+    stages = [held]
+    if pp_group is not None and pp_group.size() > 1:
+        stages = [{} for _ in range(pp_group.size())]
+        dist.all_gather_object(stages, held, group=pp_group)
+
+    def shards(rule: Rule) -> Sequence[Tensor]:
+        owner = next(stage for stage, names in enumerate(stages) if rule.name in names)
+        count = 1 if rule.dim is None else tp_size
+        if pp_group is None or pp_group.rank() == owner:
+            local = parameters[rule.name].detach().contiguous()
+            found = [local] if count == 1 else [torch.empty_like(local) for _ in range(count)]
+            if count > 1:
+                dist.all_gather(found, local, group=tp_group)
+        else:
+            shape, dtype = stages[owner][rule.name]
+            found = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
+        if pp_group is not None and len(stages) > 1:
+            for shard in found:
+                dist.broadcast(shard, dist.get_global_rank(pp_group, owner), group=pp_group)
+        return found
+
+    return shards
