@@ -1,0 +1,1 @@
+"""Process groups, device, precision, and every difference between CPU and GPU."""

@@ -1,0 +1,161 @@
+"""CPU and GPU as two implementations of one protocol; nothing outside `runtime/` asks which one it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_distill.runtime.mesh import ParallelSizes
+from megatron_distill.runtime.precision import Precision
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+
+class Backend(Protocol):
+    """What differs between machines."""
+
+    device: torch.device
+    collectives: str
+    te_layers: bool
+    """Whether layers are TransformerEngine's, which name norms after the projection they are fused into."""
+
+    def prepare(self) -> None:
+        """Once per process, before Megatron is used."""
+
+    def megatron(self) -> AbstractContextManager[None]:
+        """Entered around every call into Megatron."""
+
+    def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
+        """Why these settings cannot run here, one sentence each; empty if they can."""
+
+    def block(self, qk_norm: bool, layers: int) -> Any:
+        """Megatron's spec of a stack of transformer layers."""
+
+    def place_rotary(self, model: Any, inverse_frequencies: Tensor) -> None:
+        """Give a freshly built GPTModel its rotary frequencies."""
+
+    def layout(
+        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
+    ) -> PackedSeqParams:
+        """What attention must know of a packed micro-batch; `position_T` are this rank's rows."""
+
+    def peak_memory(self) -> float:
+        """GiB this process held at most."""
+
+
+class CpuBackend:
+    """Megatron's local layers over gloo."""
+
+    device = torch.device("cpu")
+    collectives = "gloo"
+    te_layers = False
+
+    def prepare(self) -> None:
+        from megatron_distill.runtime import megatron_cpu
+
+        megatron_cpu.install()
+
+    @contextlib.contextmanager
+    def megatron(self) -> Iterator[None]:
+        from megatron_distill.runtime import megatron_cpu
+
+        with megatron_cpu.cuda_names_on_cpu():
+            yield
+
+    def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
+        refused = []
+        if precision.fp8 is not None:
+            refused.append(
+                "precision.fp8 needs TransformerEngine on a GPU, and this machine has none (Megatron-Core would "
+                "ignore it silently): remove precision.fp8"
+            )
+        return refused
+
+    def block(self, qk_norm: bool, layers: int) -> Any:
+        from megatron_distill.runtime.layers import local_block
+
+        return local_block(qk_norm, layers)
+
+    def place_rotary(self, model: Any, inverse_frequencies: Tensor) -> None:
+        from megatron_distill.runtime.layers import PackedRotary
+
+        model.rotary_pos_emb = PackedRotary(inverse_frequencies)
+
+    def layout(
+        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
+    ) -> PackedSeqParams:
+        from megatron_distill.runtime.layers import packed_layout
+
+        model.rotary_pos_emb.position_T = position_T
+        return packed_layout(cu_seqlens, cp, cp_rank)
+
+    def peak_memory(self) -> float:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class CudaBackend:
+    """TransformerEngine's layers over NCCL."""
+
+    collectives = "nccl"
+    te_layers = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def prepare(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def megatron(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
+        if precision.fp8 is None:
+            return []
+        capability = torch.cuda.get_device_capability()
+        needed = (10, 0) if precision.fp8.recipe == "mxfp8" else (8, 9)
+        if capability >= needed:
+            return []
+        return [
+            f"precision.fp8.recipe={precision.fp8.recipe} needs compute capability {needed[0]}.{needed[1]}, this GPU "
+            f"has {capability[0]}.{capability[1]}: choose another recipe or remove precision.fp8"
+        ]
+
+    def block(self, qk_norm: bool, layers: int) -> Any:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+
+    def place_rotary(self, model: Any, inverse_frequencies: Tensor) -> None:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies.to(self.device)
+
+    def layout(
+        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
+    ) -> PackedSeqParams:
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        on_device = cu_seqlens.to(self.device)
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=on_device,
+            cu_seqlens_kv=on_device,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+    def peak_memory(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30
+
+
+def choose() -> Backend:
+    """The backend of this machine: CUDA where there is a GPU."""
+    return CudaBackend() if torch.cuda.is_available() else CpuBackend()

@@ -1,0 +1,182 @@
+"""The grid of ranks: its sizes, this rank's place in it, and the few exchanges that are not a loss or a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelSizes:
+    """Section `parallel`: how many ways the model and the data are cut."""
+
+    tp: int = 1
+    """Tensor parallel: ranks that share each layer and the vocabulary."""
+    pp: int = 1
+    """Pipeline parallel: stages that share the stack of layers (1F1B)."""
+    cp: int = 1
+    """Context parallel: ranks that share each sequence."""
+    dp: int = 1
+    """Data parallel: replicas that share the batch; optimizer state is sharded over dp x cp."""
+    sequence_parallel: bool = False
+    """Cut norms and residuals over the tensor-parallel ranks too; only with tp > 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "cp", "dp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("sequence_parallel=true needs tp > 1: there is nothing to cut over at tp=1")
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every packed sequence is padded to a multiple of this: context parallelism cuts each in 2 x cp pieces."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def total_multiple(self) -> int:
+        """A micro-batch's T is padded to a multiple of this."""
+        return self.sequence_multiple * (self.tp if self.sequence_parallel else 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """This rank's place in the grid, and Megatron's process groups, passed explicitly to whoever needs one."""
+
+    sizes: ParallelSizes
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    groups: Any
+    """Megatron's ProcessGroupCollection."""
+    host: ProcessGroup
+    """All ranks, over gloo: for small Python objects."""
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.sizes.world
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer: the only stage that sees logits."""
+        return self.pp_rank == self.sizes.pp - 1
+
+    @property
+    def is_leader(self) -> bool:
+        """First rank of its data-parallel replica."""
+        return self.tp_rank == self.pp_rank == self.cp_rank == 0
+
+    @property
+    def tp_group(self) -> ProcessGroup | None:
+        """Ranks that share the vocabulary; None when one rank holds it all."""
+        return self.groups.tp if self.sizes.tp > 1 else None
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over data-parallel replicas (not over context parallel ranks)."""
+        if self.sizes.dp > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.groups.dp)
+        return values
+
+    def total_over_data(self, values: Tensor) -> Tensor:
+        """Sum over data-parallel and context-parallel ranks: over everybody who judged some of the tokens."""
+        if self.sizes.dp * self.sizes.cp > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.groups.dp_cp)
+        return values
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """What the last pipeline stage holds, on every stage; shapes must agree."""
+        if self.sizes.pp > 1:
+            values = values.clone()
+            dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, self.sizes.pp - 1), group=self.groups.pp)
+        return values
+
+    def gather_objects[T](self, value: T) -> list[T]:
+        """Everybody's `value`, by rank, on every rank; small picklable things between our own processes only."""
+        if self.world == 1:
+            return [value]
+        gathered: list[T | None] = [None] * self.world
+        dist.all_gather_object(gathered, value, group=self.host)
+        return gathered  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(group=self.host)
+
+    def one_by_one(self, work: Callable[[], None]) -> None:
+        """Each rank does `work` in turn; for folders that all ranks touch."""
+        for turn in range(self.world):
+            if turn == self.rank:
+                work()
+            self.barrier()
+
+
+def build_mesh(sizes: ParallelSizes, *, timeout_minutes: int) -> Mesh:
+    """Megatron's process groups for `sizes`; torch.distributed must be up with `sizes.world` ranks."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tp,
+        pipeline_model_parallel_size=sizes.pp,
+        context_parallel_size=sizes.cp,
+        distributed_timeout_minutes=timeout_minutes,
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    on_gloo = dist.get_backend() == "gloo"
+    host = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo")
+    assert host is not None
+    return Mesh(
+        sizes=sizes,
+        rank=dist.get_rank(),
+        tp_rank=groups.tp.rank(),
+        pp_rank=groups.pp.rank(),
+        cp_rank=groups.cp.rank(),
+        dp_rank=groups.dp.rank(),
+        groups=groups,
+        host=host,
+    )
+
+
+def take_down_mesh() -> None:
+    """Undo `build_mesh`: Megatron keeps groups in module globals, which must not outlive the world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def zigzag_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
+    """Rows of T that context-parallel rank `cp_rank` holds, int64 [T / cp], in the order in which it holds them.
+
+    Every sequence is cut in 2 x cp equal pieces; rank r has pieces r and 2 x cp - 1 - r, so that the causal work is
+    shared evenly. The layout is the one TransformerEngine's attention expects.
+    """
+    if cp == 1:
+        return torch.arange(int(cu_seqlens[-1]))
+    rows = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        piece = (end - start) // (2 * cp)
+        for index in (cp_rank, 2 * cp - 1 - cp_rank):
+            rows.append(torch.arange(start + index * piece, start + (index + 1) * piece))
+    return torch.cat(rows)
