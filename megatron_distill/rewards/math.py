@@ -1,0 +1,152 @@
+r"""Mathematical equality by math-verify, in processes that can be killed.
+
+A response may hold anything (`\boxed{9^{9^{9^{9}}}}`), and math-verify's own timeouts work on the main thread only.
+So every answer is checked in a spawned process with a deadline in the parent; one that misses it is killed and
+replaced, and its answer counts as unscored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import TimeoutError as Timeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+from megatron_distill.errors import ConfigError, RewardError
+from megatron_distill.rewards.answers import final_answer
+from megatron_distill.rewards.base import Verdict, Verifier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Math(Verifier):
+    """1 when the final answer is mathematically equal to the gold answer, else 0."""
+
+    answer_after: str | None = None
+    """Read the answer from the rest of the line after the last such marker, e.g. `####`, where there is one."""
+    timeout_seconds: float = 5.0
+    """Longest check of one answer; after it the answer counts as unscored."""
+    processes: int = 2
+    """Worker processes of each rank; started with the first answer."""
+    memory_gib: float = 4.0
+    """Address space of one worker process; an answer that needs more counts as unscored."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_seconds", "processes", "memory_gib"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"reward.{name}={getattr(self, name)}: must be positive")
+
+    def connect(self) -> MathJudge:
+        """A judge that starts its processes when it is first asked.
+
+        Raises:
+            RewardError: math-verify is not installed.
+        """
+        if importlib.util.find_spec("math_verify") is None:
+            raise RewardError("reward.kind=math needs math-verify: install math-verify[antlr4-13-2]")
+        return MathJudge(self)
+
+
+class MathJudge:
+    """Worker processes and their deadlines."""
+
+    def __init__(self, part: Math) -> None:
+        self._part = part
+        self._pool: Any = None
+        self._starting = Lock()
+
+    def score(self, pairs: Sequence[tuple[str | None, str]]) -> list[Verdict]:
+        """Verdicts in order; a pair without gold answer, a check that failed or took too long is unscored.
+
+        Raises:
+            RewardError: the worker processes die before they can work.
+        """
+        asked = [index for index, (gold, _) in enumerate(pairs) if gold is not None]
+        verdicts = [Verdict(None) for _ in pairs]
+        if not asked:
+            return verdicts
+        pool = self._started()
+        futures = [
+            pool.schedule(_check, args=(*pairs[index], self._part.answer_after), timeout=self._part.timeout_seconds)
+            for index in asked
+        ]
+        for index, future in zip(asked, futures, strict=True):
+            verdicts[index] = self._verdict(future)
+        return verdicts
+
+    def _verdict(self, future: Any) -> Verdict:
+        from pebble import ProcessExpired
+
+        try:
+            outcome = future.result()
+        except (Timeout, ProcessExpired):
+            outcome = None
+        except BrokenProcessPool as error:
+            self.close()
+            raise RewardError(
+                "the processes of reward.kind=math die as they start; raise reward.memory_gib, and see that "
+                f"`python -c 'import math_verify'` works ({error})"
+            ) from error
+        if outcome is None:
+            return Verdict(None, {"reward/failed": 1.0})
+        right, answered = outcome
+        return Verdict(float(right), {"reward/failed": 0.0, "reward/answered": float(answered)})
+
+    def _started(self) -> Any:
+        from pebble import ProcessPool
+
+        with self._starting:
+            if self._pool is None:
+                self._pool = ProcessPool(
+                    max_workers=self._part.processes,
+                    initializer=_prepare,
+                    initargs=(self._part.memory_gib,),
+                    # fork would copy a process with threads and open connections of its process groups
+                    context=multiprocessing.get_context("spawn"),
+                )
+            return self._pool
+
+    def close(self) -> None:
+        """End the worker processes; the next `score` starts new ones."""
+        with self._starting:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+            pool.join()
+
+
+def _prepare(memory_gib: float) -> None:
+    """In a worker, before its first answer: load everything, so that no deadline pays for it."""
+    import logging
+    import resource
+
+    import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every call without its own timeout
+    math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), math_verify.parse("$1$", parsing_timeout=None))
+    limit = int(memory_gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def _check(gold: str, text: str, answer_after: str | None) -> tuple[bool, bool] | None:
+    """In a worker: (right, answered); None when the check itself failed."""
+    import math_verify
+
+    # the box goes before phrases such as "the answer is": that is what models are asked for
+    targets = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
+
+    def parse(text: str) -> list[Any]:
+        return math_verify.parse(text, targets, parsing_timeout=None)
+
+    marked = final_answer(text, answer_after, boxed=False)
+    said = parse(text if marked is None else f"\\boxed{{{marked}}}")
+    expected = parse(f"\\boxed{{{gold}}}")
+    if not expected:
+        return None
+    try:
+        return math_verify.verify(expected, said, timeout_seconds=None, raise_on_error=True), bool(said)
+    except (ArithmeticError, AttributeError, MemoryError, RecursionError, TypeError, ValueError):
+        return None
