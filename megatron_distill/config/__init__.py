@@ -1,0 +1,1 @@
+from megatron_distill.config.sections import MetricsSection as MetricsSection

@@ -1,0 +1,85 @@
+"""How a run shows itself: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from megatron_distill.train.metrics import Sink
+
+SHOWN = {
+    "loss/total": ("loss", "{:.4g}"),
+    "optim/grad_norm": ("grad norm", "{:.3g}"),
+    "reward/mean": ("reward", "{:.3f}"),
+    "eval/accuracy": ("accuracy", "{:.1%}"),
+    "perf/tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+"""Metric name: label and format."""
+
+
+def progress(done: int, steps: int, every: int, console: Console | None = None) -> Sink:
+    """The sink that fits what stdout is."""
+    console = console or Console()
+    return Live(done, steps, console) if console.is_terminal else Text(done, steps, every, console)
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    """The few numbers that matter, those that are there."""
+    return "  ".join(f"{label} {form.format(values[name])}" for name, (label, form) in SHOWN.items() if name in values)
+
+
+class Live:
+    """A bar, the time left and the latest numbers, redrawn in place."""
+
+    def __init__(self, done: int, steps: int, console: Console) -> None:
+        self._latest: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=done, numbers="")
+        self._progress.start()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._latest |= values
+        self._progress.update(self._task, completed=step, numbers=numbers(self._latest))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Text:
+    """`step 12/100  loss 1.234  ...  left 0:03:20`, for logs."""
+
+    def __init__(self, done: int, steps: int, every: int, console: Console) -> None:
+        self._done = done
+        self._steps = steps
+        self._every = every
+        self._console = console
+        self._begin = time.perf_counter()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        evaluated = any(name.startswith("eval/") for name in values)
+        if step % self._every and step != self._steps and not evaluated:
+            return
+        pace = (time.perf_counter() - self._begin) / max(step - self._done, 1)
+        left = timedelta(seconds=round(pace * (self._steps - step)))
+        # soft_wrap: a log has no width
+        self._console.print(
+            f"step {step}/{self._steps}  {numbers(values)}  left {left}", highlight=False, soft_wrap=True
+        )
+
+    def close(self) -> None:
+        pass
