@@ -1,0 +1,158 @@
+"""The model that learns: a network, its optimizer and its schedule behind a few verbs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_distill.errors import DistillError
+from megatron_distill.losses.chunk import linear_rows
+from megatron_distill.losses.vocab import logprob
+from megatron_distill.models.build import Recompute
+from megatron_distill.models.network import Network
+from megatron_distill.models.optimizer import OptimizerSection, build_optimizer, wrap_in_ddp
+from megatron_distill.models.schedule import MicroLoss, forward_backward
+from megatron_distill.models.spec import ModelSpec
+from megatron_distill.runtime.mesh import Mesh
+from megatron_distill.runtime.start import Runtime
+from megatron_distill.types import Batch, Metric, StepReport, VocabPartition, VocabShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSection:
+    """Section `student`: the model that learns."""
+
+    model: Path
+    """Hugging Face folder: config.json, safetensors, tokenizer files."""
+    trust_remote_code: bool = False
+    """Let the folder's own Python build its tokenizer; the model itself never runs code of the folder."""
+    recompute: Recompute = "none"
+    """`full` keeps only layer inputs and computes the rest again in the backward pass."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Student:
+    """Built on every rank of the mesh; its methods are collective."""
+
+    network: Network
+    optimizer: Any
+    lr_schedule: Any
+    chunk_rows: int
+
+    @staticmethod
+    def build(
+        section: StudentSection,
+        optimizer: OptimizerSection,
+        runtime: Runtime,
+        *,
+        steps: int,
+        chunk_rows: int = 1024,
+        valid_vocab: int | None = None,
+    ) -> Student:
+        """Weights from the section's folder, fresh optimizer state.
+
+        Args:
+            section: which model.
+            optimizer: its optimizer.
+            runtime: the world.
+            steps: length of the learning-rate schedule.
+            chunk_rows: response tokens whose logits exist at one time.
+            valid_vocab: ids that all models of the run know; default: the student's own.
+
+        Raises:
+            ModelError: the folder is not a model of a known family, or lacks a tensor.
+        """
+        network = Network.load(section.model, runtime, valid_vocab=valid_vocab, recompute=section.recompute)
+        with runtime.backend.megatron():
+            network.module = wrap_in_ddp(network.module, runtime)
+            built, schedule = build_optimizer(optimizer, network.module, runtime, steps)
+        return Student(network=network, optimizer=built, lr_schedule=schedule, chunk_rows=chunk_rows)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The architecture."""
+        return self.network.spec
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks that share it."""
+        return self.network.runtime.mesh
+
+    @property
+    def partition(self) -> VocabPartition:
+        """This rank's vocabulary columns."""
+        return self.network.partition
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors by Hugging Face name, on every rank and in one order."""
+        return self.network.weights()
+
+    def score(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, ...]:
+        """Log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank."""
+        return score(self.network, batch, temperature, self.chunk_rows)
+
+    def step(self, batch: Batch, loss: MicroLoss, *, skip_nonfinite: bool = False) -> StepReport:
+        """Forward, backward, update.
+
+        Raises:
+            DistillError: loss or gradient norm is not finite and `skip_nonfinite` is off; weights are untouched.
+        """
+        self.network.module.train()
+        self.network.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = forward_backward(self.network, batch, loss, self.chunk_rows)
+        total = sum(sums.values())
+        self.lr_schedule.step(increment=1)
+        with self.network.runtime.backend.megatron():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            finite = math.isfinite(norm) and math.isfinite(total)
+            if not finite and not skip_nonfinite:
+                raise DistillError(
+                    f"loss {total}, gradient norm {norm}: not finite, weights are left as they were; look at the last "
+                    "samples and at optimizer.lr, or set train.on_nonfinite=skip"
+                )
+            if finite:
+                self.optimizer.step()
+        lr = self.optimizer.param_groups[0]["lr"]
+        metrics = tuple(Metric(name, value) for name, value in sums.items())
+        return StepReport(metrics=metrics, loss=total, grad_norm=norm, lr=lr, skipped=not finite)
+
+
+def score(network: Network, batch: Batch, temperature: float, chunk_rows: int) -> tuple[Tensor, ...]:
+    """Log-probs of the response tokens under any network: one [R] per micro-batch, on every model-parallel rank."""
+    mesh, device = network.runtime.mesh, network.runtime.backend.device
+
+    def rows(hidden_RH: Tensor, index: int) -> Tensor:
+        micro = batch.micro[index]
+        mine = network.my_rows(micro.rows)
+        target_R = micro.target_R.to(device)
+
+        def chunk(logits_Cv: Tensor, rows: slice) -> Tensor:
+            shard = VocabShard.of(logits_Cv, network.partition, temperature)
+            return logprob(shard, target_R[rows.start + mine.start : rows.stop + mine.start])
+
+        part = linear_rows(hidden_RH, network.head(), chunk, chunk_rows)
+        whole = torch.zeros(micro.rows, dtype=part.dtype, device=device)
+        whole[mine] = part
+        return whole
+
+    found = network.read(batch.micro, rows)
+    scored = []
+    for index, micro in enumerate(batch.micro):
+        mine = found[index] if found else torch.zeros(micro.rows, device=device)
+        scored.append(mesh.from_last_stage(_over_context(mine, mesh)))
+    return tuple(scored)
+
+
+def _over_context(values_R: Tensor, mesh: Mesh) -> Tensor:
+    """Each context-parallel rank filled its own rows and left zeros elsewhere: the sum is the whole."""
+    if mesh.sizes.cp > 1:
+        torch.distributed.all_reduce(values_R, group=mesh.groups.cp)
+    return values_R
