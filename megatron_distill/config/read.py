@@ -131,7 +131,7 @@ def _part(kind: Parts, raw: Any, place: Place) -> tuple[Any, list[_Complaint]]:
     if not isinstance(raw.get("kind"), str):
         return None, [_missing((*place, "kind"), plugins.kinds(kind.package))]
     try:
-        part = plugins.load(kind.package, raw["kind"], kind.base)
+        part: type = plugins.load(kind.package, raw["kind"], kind.base)
     except ConfigError as error:
         return None, [_Complaint((*place, "kind"), str(error).partition(": ")[2], raw["kind"])]
     return _validate(part, {key: value for key, value in raw.items() if key != "kind"}, place)
@@ -169,7 +169,7 @@ def _inner(error: ErrorDetails, raw: Any) -> Place:
     """The error's location without pydantic's own words for members of unions."""
     place: list[str] = []
     for step in error["loc"][1:]:
-        known = isinstance(raw, list) and isinstance(step, int) or isinstance(raw, Mapping) and step in raw
+        known = isinstance(step, int) if isinstance(raw, list) else isinstance(raw, Mapping) and step in raw
         if not known and error["type"] != "missing":
             continue
         place.append(str(step))
@@ -229,7 +229,7 @@ def _has_default(section: dataclasses.Field[Any]) -> bool:
     return section.default is not dataclasses.MISSING or section.default_factory is not dataclasses.MISSING
 
 
-def _plain(part: Any, with_kind: bool) -> dict[str, Any]:
+def _plain(part: object, with_kind: bool) -> dict[str, Any]:
     values = model(type(part)).model_construct(value=part).model_dump(mode="json")["value"]
     return {"kind": kind_of(part), **values} if with_kind else values
 

@@ -90,9 +90,9 @@ def test_a_step_that_fails_leaves_no_line(tmp_path):
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    with Metrics.open(tmp_path / "run", MetricsSection(), rank=1, done=0, steps=1) as metrics, metrics.step(1) as clock:
-        with clock("train"):
-            metrics.add(Metric("loss/total", 1.0))
+    metrics = Metrics.open(tmp_path / "run", MetricsSection(), rank=1, done=0, steps=1)
+    with metrics, metrics.step(1) as clock, clock("train"):
+        metrics.add(Metric("loss/total", 1.0))
     assert not (tmp_path / "run").exists()
 
 
