@@ -17,7 +17,7 @@ from megatron_distill.types import VocabPartition
 type Recompute = Literal["none", "full"]
 
 VOCAB_MULTIPLE = 128
-"""Vocabularies are padded to a multiple of this, and of tp: the same size, so the same checkpoint, for tp 1, 2, 4, 8."""
+"""Vocabularies are padded to a multiple of this and of tp: one size, so one checkpoint, for tp 1, 2, 4 and 8."""
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -36,7 +36,9 @@ class Network:
     partition: VocabPartition
 
     @staticmethod
-    def load(folder: Path, runtime: Runtime, *, valid_vocab: int | None = None, recompute: Recompute = "none") -> Network:
+    def load(
+        folder: Path, runtime: Runtime, *, valid_vocab: int | None = None, recompute: Recompute = "none"
+    ) -> Network:
         """Build and fill from a model folder; `valid_vocab` cuts the vocabulary to what all models of a run share.
 
         Raises:
@@ -143,6 +145,27 @@ class Network:
             )
         self.module.train(was_training)
         return found
+
+    def read_responses(
+        self, batch: Sequence[MicroBatch], rows: Callable[[Tensor, slice, int], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """`read`, for one value (or vector) per response token: [R, ...] for each micro-batch, last stage only.
+
+        `rows(hidden_RH, rows of R, micro index)` sees this context-parallel rank's share; the shares are put together.
+        """
+
+        def share(hidden_RH: Tensor, index: int) -> Tensor:
+            mine = self.my_rows(batch[index].rows)
+            found = rows(hidden_RH, mine, index)
+            if self.runtime.mesh.sizes.cp == 1:
+                return found
+            # every rank fills its own rows and leaves zeros elsewhere: the sum is the whole
+            whole = found.new_zeros(batch[index].rows, *found.shape[1:])
+            whole[mine] = found
+            torch.distributed.all_reduce(whole, group=self.runtime.mesh.groups.cp)
+            return whole
+
+        return tuple(self.read(batch, share))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name, on every rank and in one order; collective.

@@ -129,30 +129,15 @@ def score(network: Network, batch: Batch, temperature: float, chunk_rows: int) -
     """Log-probs of the response tokens under any network: one [R] per micro-batch, on every model-parallel rank."""
     mesh, device = network.runtime.mesh, network.runtime.backend.device
 
-    def rows(hidden_RH: Tensor, index: int) -> Tensor:
-        micro = batch.micro[index]
-        mine = network.my_rows(micro.rows)
-        target_R = micro.target_R.to(device)
+    def logprobs(hidden_RH: Tensor, mine: slice, index: int) -> Tensor:
+        target_R = batch.micro[index].target_R[mine].to(device)
 
         def chunk(logits_Cv: Tensor, rows: slice) -> Tensor:
-            shard = VocabShard.of(logits_Cv, network.partition, temperature)
-            return logprob(shard, target_R[rows.start + mine.start : rows.stop + mine.start])
+            return logprob(VocabShard.of(logits_Cv, network.partition, temperature), target_R[rows])
 
-        part = linear_rows(hidden_RH, network.head(), chunk, chunk_rows)
-        whole = torch.zeros(micro.rows, dtype=part.dtype, device=device)
-        whole[mine] = part
-        return whole
+        return linear_rows(hidden_RH, network.head(), chunk, chunk_rows)
 
-    found = network.read(batch.micro, rows)
-    scored = []
-    for index, micro in enumerate(batch.micro):
-        mine = found[index] if found else torch.zeros(micro.rows, device=device)
-        scored.append(mesh.from_last_stage(_over_context(mine, mesh)))
-    return tuple(scored)
-
-
-def _over_context(values_R: Tensor, mesh: Mesh) -> Tensor:
-    """Each context-parallel rank filled its own rows and left zeros elsewhere: the sum is the whole."""
-    if mesh.sizes.cp > 1:
-        torch.distributed.all_reduce(values_R, group=mesh.groups.cp)
-    return values_R
+    found = network.read_responses(batch.micro, logprobs) or tuple(
+        torch.zeros(micro.rows, device=device) for micro in batch.micro
+    )
+    return tuple(mesh.from_last_stage(values_R) for values_R in found)

@@ -41,9 +41,7 @@ class Backend(Protocol):
     def place_rotary(self, model: Any, inverse_frequencies: Tensor) -> None:
         """Give a freshly built GPTModel its rotary frequencies."""
 
-    def layout(
-        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
-    ) -> PackedSeqParams:
+    def layout(self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int) -> PackedSeqParams:
         """What attention must know of a packed micro-batch; `position_T` are this rank's rows."""
 
     def peak_memory(self) -> float:
@@ -88,9 +86,7 @@ class CpuBackend:
 
         model.rotary_pos_emb = PackedRotary(inverse_frequencies)
 
-    def layout(
-        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
-    ) -> PackedSeqParams:
+    def layout(self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int) -> PackedSeqParams:
         from megatron_distill.runtime.layers import packed_layout
 
         model.rotary_pos_emb.position_T = position_T
@@ -137,9 +133,7 @@ class CudaBackend:
     def place_rotary(self, model: Any, inverse_frequencies: Tensor) -> None:
         model.rotary_pos_emb.inv_freq = inverse_frequencies.to(self.device)
 
-    def layout(
-        self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int
-    ) -> PackedSeqParams:
+    def layout(self, model: Any, cu_seqlens: Tensor, position_T: Tensor, cp: int, cp_rank: int) -> PackedSeqParams:
         from megatron.core.packed_seq_params import PackedSeqParams
 
         on_device = cu_seqlens.to(self.device)

@@ -147,13 +147,13 @@ class PackedRotary(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019) whose weight gradient Megatron sums under sequence parallelism."""
+    """Root-mean-square norm (Zhang and Sennrich 2019); Megatron sums its gradient under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise the last dimension; statistics in fp32."""

@@ -1,0 +1,217 @@
+"""Checkpoints of a run: written so that half of one is never read, and readable at another tp, pp or dp.
+
+    <run>/checkpoints/step_000100/  model/  optimizer/   Megatron's distributed format, reshardable
+                                    state.json           step, architecture, and whatever else the loop keeps
+                                    COMPLETE             written last, after the folder has its name
+
+Megatron's format holds pickled metadata. It is read only from a run folder, or a path, that the user named as a
+checkpoint; model folders never pass through here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_distill.errors import CheckpointError
+from megatron_distill.models.network import Network
+from megatron_distill.models.spec import ModelSpec
+from megatron_distill.models.student import Student
+from megatron_distill.runtime.mesh import Mesh
+
+COMPLETE = "COMPLETE"
+
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+"""Optimizer state by parameter, so that another layout can read it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSection:
+    """Section `checkpoint`."""
+
+    every: int = 50
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep: int = 2
+    """How many of the newest stay on disk."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ValueError(f"every={self.every}, keep={self.keep}: every must be >= 0 and keep >= 1")
+
+    def due(self, step: int) -> bool:
+        """Whether to save after `step` updates."""
+        return self.every > 0 and step % self.every == 0
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def complete(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(mark.parent for mark in run.glob(f"checkpoints/step_*/{COMPLETE}") if mark.parent.suffix == "")
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint, if any."""
+    found = complete(run)
+    return found[-1] if found else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given as `state`, besides the step.
+
+    Raises:
+        CheckpointError: no complete checkpoint there.
+    """
+    if not (checkpoint / COMPLETE).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no complete checkpoint there (a file {COMPLETE} marks one); name a step_* folder"
+        )
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def check_model(checkpoint: Path, spec: ModelSpec) -> None:
+    """That the checkpoint holds weights of this architecture; reads no pickles.
+
+    Raises:
+        CheckpointError: it does not, or is not complete.
+    """
+    saved, asked = read_state(checkpoint)["spec"], json.loads(json.dumps(asdict(spec)))
+    differing = [
+        f"{name} {saved.get(name)} there, {value} here" for name, value in asked.items() if saved.get(name) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint}: checkpoint of another model ({'; '.join(differing)}); "
+            "choose another paths.run, or the student.model that it was made with"
+        )
+
+
+def save(run: Path, step: int, student: Student, state: Mapping[str, Any], keep: int) -> Path:
+    """Write the checkpoint after `step` updates; collective. Older ones beyond `keep` go once it is complete."""
+    mesh, final = student.mesh, folder_of(run, step)
+    partial = _fresh(final, mesh)
+    save_weights(partial, student.network)
+    _save_optimizer(partial, student)
+    if mesh.rank == 0:
+        record = {
+            **state,
+            "step": step,
+            "spec": asdict(student.spec),
+            "lr_schedule": student.lr_schedule.state_dict(),
+        }
+        finish(partial, final, record)
+        for old in complete(run)[:-keep]:
+            # unmark first: a half-deleted folder must not look complete
+            (old / COMPLETE).unlink()
+            shutil.rmtree(old)
+    mesh.barrier()
+    return final
+
+
+def save_weights(folder: Path, network: Network) -> None:
+    """The model's part of a checkpoint into `folder/model`; collective."""
+    _save(folder / "model", _model_state(network), network)
+
+
+def load_weights(checkpoint: Path, network: Network) -> None:
+    """Weights of a checkpoint into a network of any layout; collective.
+
+    Raises:
+        CheckpointError: not complete, or of another model.
+    """
+    check_model(checkpoint, network.spec)
+    with torch.no_grad():
+        state = _load(checkpoint / "model", _model_state(network), network)
+        network.model.load_state_dict(state["model"])
+
+
+def load(checkpoint: Path, student: Student) -> dict[str, Any]:
+    """Weights, optimizer and schedule of a checkpoint into a student of any layout; gives `state`; collective.
+
+    Raises:
+        CheckpointError: not complete, or of another model.
+    """
+    load_weights(checkpoint, student.network)
+    with torch.no_grad():
+        asked = _optimizer_state(student, loading=True)
+        state = _load(checkpoint / "optimizer", asked, student.network)
+        with student.network.runtime.backend.megatron():
+            student.optimizer.load_state_dict(state["optimizer"])
+            student.optimizer.reload_model_params()
+    kept = read_state(checkpoint)
+    student.lr_schedule.load_state_dict(kept["lr_schedule"])
+    return kept
+
+
+def finish(partial: Path, final: Path, record: Mapping[str, Any]) -> None:
+    """Give a written checkpoint its record, its name and its mark, in an order that survives a crash anywhere."""
+    (partial / "state.json").write_text(json.dumps(record, indent=1, default=str))
+    for written in partial.rglob("*"):
+        _flush(written)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(final.parent)
+    (final / COMPLETE).touch()
+    _flush(final / COMPLETE)
+    _flush(final)
+
+
+def _fresh(final: Path, mesh: Mesh) -> Path:
+    partial = final.with_suffix(".partial")
+    if mesh.rank == 0:
+        # anything of this name was cut off before it was complete
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for part in ("model", "optimizer"):
+            (partial / part).mkdir(parents=True)
+    mesh.barrier()
+    return partial
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _model_state(network: Network) -> dict[str, Any]:
+    with network.runtime.backend.megatron():
+        return {"model": network.model.sharded_state_dict(metadata=dict(_SHARDING))}
+
+
+def _optimizer_state(student: Student, loading: bool) -> dict[str, Any]:
+    weights = _model_state(student.network)["model"]
+    with student.network.runtime.backend.megatron():
+        state = student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(_SHARDING))
+    return {"optimizer": state}
+
+
+def _save_optimizer(folder: Path, student: Student) -> None:
+    _save(folder / "optimizer", _optimizer_state(student, loading=False), student.network)
+
+
+def _save(folder: Path, state: dict[str, Any], network: Network) -> None:
+    from megatron.core import dist_checkpointing
+
+    with network.runtime.backend.megatron(), torch.no_grad():
+        dist_checkpointing.save(state, str(folder), content_metadata=dict(_SHARDING))
+
+
+def _load(folder: Path, state: dict[str, Any], network: Network) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    with network.runtime.backend.megatron():
+        return dist_checkpointing.load(state, str(folder))

@@ -1,0 +1,1 @@
+"""Who supervises the student; a part is a file, `teachers.<name>.kind` is its name."""

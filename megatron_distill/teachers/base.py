@@ -1,0 +1,37 @@
+"""What a teacher is: something that says, for each response token, how it would have gone on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from megatron_distill.models.student import Student
+from megatron_distill.runtime.start import Runtime
+from megatron_distill.types import Batch, Fidelity, TeacherSignal, VocabPartition
+
+
+class Teacher(Protocol):
+    """A live teacher; its methods are collective."""
+
+    def signal(self, batch: Batch) -> tuple[TeacherSignal, ...]:
+        """One per micro-batch, aligned to its response axis; empty on pipeline stages that see no logits."""
+
+    def after_step(self, student: Student, step: int) -> None:
+        """Told of every update; a frozen teacher does nothing."""
+
+
+class TeacherPart(ABC):
+    """One entry of section `teachers`; fields are settings."""
+
+    provides: ClassVar[Fidelity]
+    """The richest signal it gives; an objective that needs more is refused when the config is loaded."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Model folder whose tokenizer and vocabulary must be the student's; None when it is the student itself."""
+
+    @abstractmethod
+    def connect(self, runtime: Runtime, partition: VocabPartition) -> Teacher:
+        """Load it; `partition` is the student's cut of the vocabulary, on which signals must be laid out."""

@@ -1,0 +1,83 @@
+"""A fixed model beside the student, in the same mesh: any size, any family with the student's tokenizer.
+
+Its vocabulary may be padded otherwise than the student's. So that both are compared column by column, its output
+weight is laid out once, at the start, on the student's partition; columns that either model lacks get no probability.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_distill.models.network import Network
+from megatron_distill.models.student import Student
+from megatron_distill.runtime.start import Runtime
+from megatron_distill.teachers.base import TeacherPart
+from megatron_distill.types import Batch, Fidelity, Full, TeacherSignal, VocabPartition
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenPart(TeacherPart):
+    """A Megatron model in the student's mesh whose weights never change."""
+
+    provides: ClassVar[Fidelity] = Fidelity.FULL
+
+    model: Path
+    """Hugging Face folder of the teacher."""
+    trust_remote_code: bool = False
+    """Let the folder's own Python build its tokenizer; the model itself never runs code of the folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer lies."""
+        return self.model
+
+    def connect(self, runtime: Runtime, partition: VocabPartition) -> Frozen:
+        """Load the weights on every rank of the mesh."""
+        network = Network.load(self.model, runtime, valid_vocab=partition.valid)
+        network.module.requires_grad_(False)
+        head = relaid_head(network, partition) if runtime.mesh.is_last_stage else None
+        return Frozen(network=network, head=head, partition=partition)
+
+
+@dataclass(slots=True, kw_only=True)
+class Frozen:
+    """The loaded teacher."""
+
+    network: Network
+    head: Tensor | None
+    """[v, H] on the student's partition; None where no logits are seen."""
+    partition: VocabPartition
+
+    def signal(self, batch: Batch) -> tuple[TeacherSignal, ...]:
+        """Hidden states of the response tokens: one forward pass, no logits yet."""
+        hidden = self.network.read_responses(batch.micro, lambda hidden_RH, rows, index: hidden_RH)
+        if self.head is None:
+            return ()
+        return tuple(Full(hidden_RH=rows, head_vH=self.head, partition=self.partition) for rows in hidden)
+
+    def after_step(self, student: Student, step: int) -> None:
+        """Frozen: nothing."""
+
+
+@torch.no_grad()
+def relaid_head(network: Network, partition: VocabPartition) -> Tensor:
+    """The output weight's rows for the columns of `partition`, zero where the model has none; collective over tp."""
+    shard = network.head().detach()
+    if network.partition.start == partition.start and network.partition.width == partition.width:
+        return shard
+    tp = network.runtime.mesh.sizes.tp
+    shards = [torch.empty_like(shard) for _ in range(tp)]
+    if tp > 1:
+        dist.all_gather(shards, shard.contiguous(), group=network.partition.group)
+    else:
+        shards = [shard]
+    laid = shard.new_zeros(partition.width, shard.shape[1])
+    mine = torch.cat(shards)[partition.start : partition.start + partition.width]
+    laid[: len(mine)] = mine
+    return laid
