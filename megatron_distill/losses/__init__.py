@@ -1,0 +1,1 @@
+"""Pure functions of tensors and a tensor-parallel group: log-probs, divergences, estimators, reductions, chunks."""
