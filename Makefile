@@ -1,0 +1,43 @@
+# Every target does its own set-up: a bare machine needs git, make, a C compiler and some Python.
+
+python := .venv/bin/python
+TESTS ?= tests
+
+# Tests and the quickstart start several processes on few cores: one thread each is fastest.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
+export TOKENIZERS_PARALLELISM ?= false
+export PYTHONUNBUFFERED ?= 1
+# Nothing here needs the Hugging Face hub: a mistake should fail at once, not download.
+export HF_HUB_OFFLINE ?= 1
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format requirements clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 16
+
+setup:  ## make .venv, or do nothing when it is up to date
+	@sh tools/setup.sh
+
+quickstart: setup  ## distil a tiny model on two processes, about 5 minutes
+	@$(python) -m tools.quickstart.run
+
+check: setup  ## lint, formatting, types
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+test: check  ## check, then the tests; TESTS="tests/unit/losses -k kl" chooses
+	@$(python) -m pytest -m "not slow and not gpu" $(TESTS)
+
+format: setup  ## let ruff rewrite what it can
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+
+requirements: setup  ## pin again from pyproject.toml, with hashes and without index addresses
+	@sh tools/requirements.sh
+
+clean:  ## remove runs, caches and the environment
+	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache runs build dist

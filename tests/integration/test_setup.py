@@ -1,0 +1,145 @@
+"""tools/setup.sh on small imitations of bare machines: uv is a script that writes down what it was asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+UV = """#!/bin/sh
+echo "$@" >> "$UV_CALLS"
+case "$*" in
+    *--help*) echo "--require-hashes" ;;
+    "python find"*) exit 1 ;;
+    venv*) mkdir -p .venv/bin && ln -s "$4" .venv/bin/python ;;
+esac
+"""
+REFUSING_SHIM = "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A clone of the project in a folder with a space, a PATH, and a record of what uv was asked."""
+
+    project: Path
+    programs: Path
+    home: Path
+
+    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        """One call of tools/setup.sh."""
+        path = f"{self.programs}:/usr/bin:/bin"
+        return subprocess.run(
+            ["sh", "tools/setup.sh"],
+            cwd=self.project,
+            env={"PATH": path, "HOME": str(self.home), "UV_CALLS": str(self.home / "calls"), **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def calls(self) -> list[str]:
+        """What uv was asked to do, without the questions about its version."""
+        asked = (self.home / "calls").read_text().splitlines()
+        return [call for call in asked if "--help" not in call]
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    project = tmp_path / "a clone"
+    (project / "tools").mkdir(parents=True)
+    shutil.copy(PROJECT / "tools/setup.sh", project / "tools")
+    shutil.copytree(PROJECT / "requirements", project / "requirements")
+    shutil.copy(PROJECT / "pyproject.toml", project)
+    programs, home = tmp_path / "bin", tmp_path / "home"
+    program(programs / "uv", UV)
+    # Whatever Python the machine under the tests has on its PATH must not decide them.
+    for name in ("python3.12", "python3.13", "python3", "python"):
+        program(programs / name, REFUSING_SHIM)
+    home.mkdir()
+    return Machine(project, programs, home)
+
+
+def test_pyenv_python_is_found_behind_a_shim_that_refuses(machine: Machine) -> None:
+    found = machine.home / ".pyenv/versions/3.12.10/bin/python"
+    program(found, f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    program(machine.home / ".pyenv/versions/3.12.9/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+
+    done = machine.setup()
+
+    assert done.returncode == 0, done.stderr
+    assert f"venv --quiet --python {found} .venv" in machine.calls()
+    assert "pip sync --python .venv/bin/python --require-hashes requirements/dev.txt" in machine.calls()
+
+
+def test_second_call_is_silent_and_quick_until_the_requirements_change(machine: Machine) -> None:
+    assert machine.setup(PYTHON=sys.executable).returncode == 0
+    first = machine.calls()
+
+    started = time.monotonic()
+    again = machine.setup(PYTHON=sys.executable)
+
+    assert time.monotonic() - started < 1.0
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert machine.calls() == first
+
+    with (machine.project / "requirements/dev.txt").open("a") as requirements:
+        requirements.write("another==1.0\n")
+    assert machine.setup(PYTHON=sys.executable).returncode == 0
+    assert len(machine.calls()) > len(first)
+
+
+def test_environment_that_was_cut_off_is_finished_by_the_next_call(machine: Machine) -> None:
+    program(machine.programs / "uv", UV.replace("esac", '    "pip sync"*) exit 3 ;;\nesac'))
+    assert machine.setup(PYTHON=sys.executable).returncode != 0
+
+    program(machine.programs / "uv", UV)
+    assert machine.setup(PYTHON=sys.executable).returncode == 0
+    assert machine.calls()[-1].startswith("pip install")
+
+
+def test_no_python_and_no_leave_to_fetch_one_says_what_to_do(machine: Machine) -> None:
+    done = machine.setup(UV_PYTHON_DOWNLOADS="never")
+
+    assert done.returncode != 0
+    assert "PYTHON=/path/to/python3.12" in done.stderr
+    assert not (machine.project / ".venv").exists()
+
+
+def test_named_python_that_does_not_fit_is_refused_by_name(machine: Machine) -> None:
+    done = machine.setup(PYTHON=str(machine.programs / "python3"))
+
+    assert done.returncode != 0
+    assert f"PYTHON={machine.programs / 'python3'}" in done.stderr
+
+
+def test_requirement_files_are_hashed_and_name_no_index() -> None:
+    for file in sorted((PROJECT / "requirements").glob("*.txt")):
+        text = file.read_text()
+        pins = re.findall(r"^[\w.-]+(?:\[[^]]*\])?==", text, re.MULTILINE)
+        assert pins, file
+        assert len(re.findall(r"^ +--hash=sha256:[0-9a-f]{64}", text, re.MULTILINE)) >= len(pins), file
+        assert "://" not in text, file
+        assert "index-url" not in text, file
+
+
+def test_ci_runs_make_test_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    shutil.copytree(PROJECT / ".ci", tmp_path / ".ci")
+    for exit_code in (0, 2):
+        (tmp_path / "Makefile").write_text(f"test:\n\t@echo checked; exit {exit_code}\n")
+        done = subprocess.run([tmp_path / ".ci/run"], capture_output=True, text=True, env=dict(os.environ), check=False)
+        assert (done.returncode, "checked" in done.stdout) == (exit_code, True)
