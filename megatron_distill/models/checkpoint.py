@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -205,7 +206,11 @@ def _save_optimizer(folder: Path, student: Student) -> None:
 
 def _save(folder: Path, state: dict[str, Any], network: Network) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    if filesystem_async._results_queue is None:
+        # Megatron would spawn a whole process for the queue that its writer threads report to
+        filesystem_async._results_queue = queue.Queue()
     with network.runtime.backend.megatron(), torch.no_grad():
         dist_checkpointing.save(state, str(folder), content_metadata=dict(_SHARDING))
 

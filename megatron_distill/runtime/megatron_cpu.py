@@ -73,33 +73,25 @@ class CpuAdam(torch.optim.Optimizer):
         """One AdamW step (Loshchilov and Hutter 2019) over every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
-            given = [weight for weight in group["params"] if weight.grad is not None]
-            for weight in given:
-                self._initialise(weight)
-            if given:
-                torch.optim.adam.adam(
-                    given,
-                    [weight.grad for weight in given],
-                    [self.state[weight]["exp_avg"] for weight in given],
-                    [self.state[weight]["exp_avg_sq"] for weight in given],
-                    [],
-                    [torch.tensor(float(group["step"] - 1)) for _ in given],
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                    foreach=False,
-                    decoupled_weight_decay=True,
-                )
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, weight.grad, group)
 
-    def _initialise(self, weight: Tensor) -> None:
+    def _update(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self._state_of(weight), group["betas"]
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (second / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])
+        weight.addcdiv_(first, root, value=-group["lr"] / (1 - beta1 ** group["step"]))
+
+    def _state_of(self, weight: Tensor) -> dict[str, Tensor]:
         state = self.state[weight]
         if not state:
             state["exp_avg"] = torch.zeros_like(weight)
             state["exp_avg_sq"] = torch.zeros_like(weight)
+        return state
 
 
 class _CudaNamesOnCpu(TorchFunctionMode):
