@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 type RowsLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 """(logits [C, v], which rows they are) -> (scalar, named detached scalars); everything adds up over chunks."""
 
-type RowsFunction = Callable[[Tensor, slice], Mapping[str, Tensor]]
-"""(logits [C, v], which rows they are) -> named tensors with one entry per row."""
+type RowsFunction = Callable[[Tensor, slice], Tensor]
+"""(logits [C, v], which rows they are) -> a tensor with one entry per row, [C, ...]."""
 
 
 def linear_loss(
@@ -45,12 +45,10 @@ def linear_loss(
 
 
 @torch.no_grad()
-def linear_rows(
-    hidden_RH: Tensor, weight_vH: Tensor, rows_function: RowsFunction, chunk_rows: int = 1024
-) -> dict[str, Tensor]:
-    """`rows_function` of `hidden @ weight.T` in chunks of rows, joined again along the rows. Carries no gradient."""
-    chunks = [rows_function(hidden_RH[rows] @ weight_vH.t(), rows) for rows in _chunks(hidden_RH.shape[0], chunk_rows)]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+def linear_rows(hidden_RH: Tensor, weight_vH: Tensor, rows_function: RowsFunction, chunk_rows: int = 1024) -> Tensor:
+    """`rows_function` of `hidden @ weight.T` in chunks of rows, joined again: [R, ...]. Carries no gradient."""
+    rows = _chunks(hidden_RH.shape[0], chunk_rows)
+    return torch.cat([rows_function(hidden_RH[one] @ weight_vH.t(), one) for one in rows])
 
 
 def _chunks(rows: int, chunk_rows: int) -> Iterator[slice]:

@@ -72,7 +72,7 @@ class OPD(Objective):
             # The value is the k1 estimate of the divergence; the gradient is that of -A log q(y).
             logp_R = logprob(student, rows.target_R)
             advantages = [
-                -share * k1(logp_R, teacher_logprob(teachers[name], rows.target_R, self.temperature))
+                -share * k1(logp_R.detach(), teacher_logprob(teachers[name], rows.target_R, self.temperature))
                 for name, share in shares.items()
             ]
             value_R = policy_gradient(logp_R, torch.stack(advantages).sum(0))
