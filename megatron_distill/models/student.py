@@ -132,10 +132,10 @@ def score(network: Network, batch: Batch, temperature: float, chunk_rows: int) -
     def logprobs(hidden_RH: Tensor, mine: slice, index: int) -> Tensor:
         target_R = batch.micro[index].target_R[mine].to(device)
 
-        def chunk(logits_Cv: Tensor, rows: slice) -> dict[str, Tensor]:
-            return {"logp": logprob(VocabShard.of(logits_Cv, network.partition, temperature), target_R[rows])}
+        def chunk(logits_Cv: Tensor, rows: slice) -> Tensor:
+            return logprob(VocabShard.of(logits_Cv, network.partition, temperature), target_R[rows])
 
-        return linear_rows(hidden_RH, network.head(), chunk, chunk_rows)["logp"]
+        return linear_rows(hidden_RH, network.head(), chunk, chunk_rows)
 
     found = network.read_responses(batch.micro, logprobs) or tuple(
         torch.zeros(micro.rows, device=device) for micro in batch.micro
