@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -48,6 +49,16 @@ class Backend(Protocol):
         """GiB this process held at most."""
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within: warnings that Megatron and torch.distributed give of each other stay unsaid; ours do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", module=r"megatron\.|torch\.distributed\.|megatron_distill\.runtime\.megatron_cpu"
+        )
+        yield
+
+
 class CpuBackend:
     """Megatron's local layers over gloo."""
 
@@ -64,7 +75,7 @@ class CpuBackend:
     def megatron(self) -> Iterator[None]:
         from megatron_distill.runtime import megatron_cpu
 
-        with megatron_cpu.cuda_names_on_cpu():
+        with _quiet(), megatron_cpu.cuda_names_on_cpu():
             yield
 
     def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
@@ -111,7 +122,7 @@ class CudaBackend:
         torch.cuda.set_device(self.device)
 
     def megatron(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        return _quiet()
 
     def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
         if precision.fp8 is None:
