@@ -13,7 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_distill.errors import DataError
-from megatron_distill.types import Batch, Counts, MicroBatch, Scored
+from megatron_distill.types import Batch, Counts, MicroBatch, Rollout, Scored
+
+NOTHING = float("nan")
+"""Where there is no reward or no log-prob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,8 @@ def _check(one: Scored, before: Scored | None) -> None:
         raise DataError(f"{where}: the response is empty; leave such rollouts out of the step")
     if not rollout.prompt.tokens:
         raise DataError(f"{where}: the prompt has no tokens; nothing predicts the first response token")
-    if len(rollout.origin) != len(rollout.tokens) or len(rollout.logprobs or rollout.tokens) != len(rollout.tokens):
+    lengths = {len(rollout.tokens), len(rollout.origin), len(_logprobs(rollout))}
+    if len(lengths) > 1:
         raise DataError(f"{where}: tokens, origin and logprobs must have one length")
     if before and (before.rollout.group, before.rollout.sample) == (rollout.group, rollout.sample):
         raise DataError(f"{where}: comes twice in one step")
@@ -147,7 +151,6 @@ def _micro_batch(chosen: list[_Sequence], multiple: int, device: torch.device) -
     def floats(values: Sequence[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    nothing = float("nan")
     return MicroBatch(
         input_T=integers(tokens or [0] * total),
         position_T=integers([position for width in widths for position in range(width)]),
@@ -156,14 +159,16 @@ def _micro_batch(chosen: list[_Sequence], multiple: int, device: torch.device) -
         target_R=integers([token for rollout in rollouts for token in rollout.tokens]),
         segment_R=integers([segment for segment, rollout in enumerate(rollouts) for _ in rollout.tokens]),
         origin_R=integers([origin for rollout in rollouts for origin in rollout.origin], torch.int8),
-        rollout_logp_R=floats(
-            [value for rollout in rollouts for value in rollout.logprobs or [nothing] * len(rollout.tokens)]
-        ),
-        reward_S=floats([nothing if one.scored.reward is None else one.scored.reward for one in chosen]),
+        rollout_logp_R=floats([value for rollout in rollouts for value in _logprobs(rollout)]),
+        reward_S=floats([NOTHING if one.scored.reward is None else one.scored.reward for one in chosen]),
         group_S=integers([one.group for one in chosen]),
         index_S=integers([one.index for one in chosen]),
         sequences=tuple(one.scored for one in chosen),
     )
+
+
+def _logprobs(rollout: Rollout) -> Sequence[float]:
+    return [NOTHING] * len(rollout.tokens) if rollout.logprobs is None else rollout.logprobs
 
 
 def _up(number: int, multiple: int) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from megatron_distill.data.rows import Row, read_rows
 from megatron_distill.data.templates import render
-from megatron_distill.errors import ConfigError, DataError
+from megatron_distill.errors import DataError
 from megatron_distill.types import Prompt
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class DataSection:
         for name in ("limit", "max_prompt_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"data.{name}={value}: must be at least 1")
+                raise ValueError(f"{name}={value}: must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

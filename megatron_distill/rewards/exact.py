@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_distill.rewards.answers import final_answer
+from megatron_distill.rewards._answers import final_answer
 from megatron_distill.rewards.base import Verdict, Verifier
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-from megatron_distill.errors import ConfigError, RewardError
-from megatron_distill.rewards.answers import final_answer
+from megatron_distill.errors import RewardError
+from megatron_distill.rewards._answers import final_answer
 from megatron_distill.rewards.base import Verdict, Verifier
 
 
@@ -37,7 +37,7 @@ class Math(Verifier):
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "processes", "memory_gib"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"reward.{name}={getattr(self, name)}: must be positive")
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
 
     def connect(self) -> MathJudge:
         """A judge that starts its processes when it is first asked.

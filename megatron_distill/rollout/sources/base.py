@@ -1,0 +1,104 @@
+"""Where a step's scored rollouts come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_distill.data.cursor import Cursor
+from megatron_distill.data.prompts import Prompts
+from megatron_distill.rewards.base import Verifier
+from megatron_distill.rollout.base import RolloutEngine
+from megatron_distill.rollout.sample import Ranks
+from megatron_distill.types import Prompt, Scored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class HoldsWeights(Protocol):
+    """What a source needs of a student."""
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Hugging Face name and full tensor of every parameter; a collective."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """The run that a source works in."""
+
+    ranks: Ranks
+    """The mesh."""
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    verifier: Verifier
+    student_folder: Path
+    """Its config.json tells the engine the architecture."""
+    valid_vocab: int
+    """Ids from here on are padding that the trainer gives no probability, so the engine must not either."""
+    run_folder: Path
+    seed: int
+    prompts_per_step: int
+    device: torch.device
+
+    def cursor(self) -> Cursor:
+        """At the start of the prompts."""
+        return Cursor(size=len(self.prompts), seed=self.seed, shuffle=self.prompts.shuffle)
+
+    @property
+    def traces(self) -> Path:
+        """Where recorded rollouts go."""
+        return self.run_folder / "traces"
+
+
+class Source(Protocol):
+    """A live source. `next`, `publish` and `close` are called on every rank together."""
+
+    @property
+    def engine(self) -> RolloutEngine | None:
+        """What writes the responses, where one does."""
+        ...
+
+    def next(self, step: int) -> list[Scored]:
+        """The scored rollouts of a step, equal and in the same order on all ranks."""
+        ...
+
+    def publish(self, student: HoldsWeights, version: int) -> None:
+        """From now on write with these weights."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """Give processes and memory back."""
+        ...
+
+
+class SourcePart(ABC):
+    """A kind of source; subclasses are frozen dataclasses whose fields are the YAML keys."""
+
+    gives_logprobs: ClassVar[bool]
+    """Whether its rollouts may carry the log-probs of who wrote them."""
+
+    @abstractmethod
+    def connect(self, surroundings: Surroundings) -> Source:
+        """The live source."""
+
+
+def take(cursor: Cursor, prompts: Prompts, count: int) -> tuple[list[tuple[str, Prompt]], Cursor]:
+    """The next prompts, each with a group name that sorts and never comes again, and the cursor after them."""
+    places, after = cursor.take(count)
+    return [(f"{position:012d}", prompts[index]) for position, index in places], after
