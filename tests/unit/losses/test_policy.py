@@ -1,0 +1,86 @@
+"""What each estimator teaches, by enumerating every token that the student could have sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_distill.losses.policy import k1, k2, k3, policy_gradient
+from megatron_distill.losses.vocab import logprob
+from megatron_distill.types import VocabPartition, VocabShard
+from tests.oracles import dense
+
+STUDENT = torch.tensor([1.0, 0.5, -0.5, -2.0], dtype=torch.float64)
+TEACHER = torch.tensor([0.0, 2.0, -1.0, -3.0], dtype=torch.float64)
+
+
+def _every_token(logits_V: Tensor) -> Tensor:
+    """log q of each id, one row per id."""
+    rows = logits_V.expand(4, 4)
+    return logprob(VocabShard(rows, VocabPartition(start=0, width=4, valid=4, group=None)), torch.arange(4))
+
+
+def _expected_gradient(loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """sum_y q(y) d loss(y) / d logits, q held constant."""
+    logits = STUDENT.clone().requires_grad_()
+    logp = _every_token(logits)
+    (logp.detach().exp() * loss(logp, _every_token(TEACHER))).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+def _gradient(divergence: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+    logits = STUDENT.clone().requires_grad_()
+    divergence(logits[None], TEACHER[None], 1.0).sum().backward()
+    assert logits.grad is not None
+    return logits.grad
+
+
+REVERSE, FORWARD, NOTHING = _gradient(dense.reverse_kl), _gradient(dense.forward_kl), torch.zeros(4).double()
+
+
+@pytest.mark.parametrize(
+    ("use", "gradient"),
+    [
+        (lambda logp, teacher: policy_gradient(logp, -k1(logp, teacher)), REVERSE),
+        (k1, NOTHING),
+        (k2, REVERSE),
+        (k3, FORWARD),
+    ],
+    ids=["k1 as advantage", "k1 back-propagated", "k2 back-propagated", "k3 back-propagated"],
+)
+def test_expected_gradient(use: Callable[[Tensor, Tensor], Tensor], gradient: Tensor) -> None:
+    torch.testing.assert_close(_expected_gradient(use), gradient, rtol=0, atol=1e-15)
+
+
+def test_k3_as_advantage_is_not_the_reverse_kl() -> None:
+    biased = _expected_gradient(lambda logp, teacher: policy_gradient(logp, -k3(logp, teacher)))
+    assert (biased - REVERSE).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("estimator", [k1, k3])
+def test_estimators_are_unbiased_for_the_reverse_kl(estimator: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logp, teacher = _every_token(STUDENT), _every_token(TEACHER)
+    assert (logp.exp() * estimator(logp, teacher)).sum().item() == pytest.approx(0.6783830802, abs=1e-10)
+
+
+def test_golden_advantage_and_gradient_of_one_token() -> None:
+    logits = STUDENT.clone().requires_grad_()
+    logp = _every_token(logits)
+    advantage = -k1(logp, _every_token(TEACHER)).detach()
+    assert advantage.tolist() == pytest.approx([-1.5445373054, 0.9554626946, -1.0445373054, -1.5445373054], abs=1e-10)
+    policy_gradient(logp, advantage)[1].backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == pytest.approx([0.5083741351, -0.6471181951, 0.1134336022, 0.0253104578], abs=1e-10)
+
+
+def test_another_behaviour_policy_scales_by_the_importance_ratio() -> None:
+    logp = torch.tensor([-1.0], requires_grad=True)
+    value = policy_gradient(logp, torch.tensor([2.0]), behaviour_logp_R=torch.tensor([-1.5]))
+    value.sum().backward()
+    assert logp.grad is not None
+    assert value.item() == pytest.approx(-2.0 * torch.tensor(0.5).exp().item())
+    assert logp.grad.item() == pytest.approx(value.item())
