@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -89,9 +90,8 @@ def load_prompts(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Pr
     """
     kept: list[Prompt] = []
     too_long: list[str] = []
-    for index, row in enumerate(read_rows(section.prompts, section.split)):
-        if section.limit is not None and index >= section.limit:
-            break
+    rows = islice(read_rows(section.prompts, section.split), section.limit)
+    for index, row in enumerate(rows):
         prompt = _prompt(row, index, section, tokenizer)
         if len(prompt.tokens) <= section.max_prompt_tokens:
             kept.append(prompt)
