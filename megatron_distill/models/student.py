@@ -104,8 +104,9 @@ class Student:
             DistillError: loss or gradient norm is not finite and `skip_nonfinite` is off; weights are untouched.
         """
         self.network.module.train()
-        self.network.module.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.network.runtime.backend.megatron():
+            self.network.module.zero_grad_buffer()
+            self.optimizer.zero_grad()
         sums = forward_backward(self.network, batch, loss, self.chunk_rows)
         total = sum(sums.values())
         self.lr_schedule.step(increment=1)

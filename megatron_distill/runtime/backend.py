@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -49,6 +50,13 @@ class Backend(Protocol):
         """GiB this process held at most."""
 
 
+def _import_megatron() -> None:
+    """Import what will be used later, where its warnings about optional packages stay unsaid."""
+    with _quiet():
+        for name in ("models.gpt", "models.gpt.gpt_layer_specs", "pipeline_parallel", "optimizer", "dist_checkpointing"):
+            importlib.import_module(f"megatron.core.{name}")
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Within: warnings that Megatron and torch.distributed give of each other stay unsaid; ours do not."""
@@ -70,6 +78,7 @@ class CpuBackend:
         from megatron_distill.runtime import megatron_cpu
 
         megatron_cpu.install()
+        _import_megatron()
 
     @contextlib.contextmanager
     def megatron(self) -> Iterator[None]:
@@ -120,6 +129,7 @@ class CudaBackend:
 
     def prepare(self) -> None:
         torch.cuda.set_device(self.device)
+        _import_megatron()
 
     def megatron(self) -> AbstractContextManager[None]:
         return _quiet()
