@@ -23,8 +23,9 @@ from megatron_distill.types import Batch, MicroBatch
 class MicroLoss(Protocol):
     """What a step asks of its loss; objectives know nothing of it."""
 
-    names: tuple[str, ...]
-    """Keys of the sums that `__call__` returns, the same on every rank."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Keys of the sums that `__call__` returns, the same on every rank."""
 
     def __call__(self, logits_Cv: Tensor, micro: int, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Raw logits of some rows of micro-batch `micro` to their part of the loss, and detached sums to log."""

@@ -1,0 +1,48 @@
+"""What a step's rollouts looked like, as metrics: the first place to look when a run is odd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_distill.types import Counts, Metric, Scored, StepReport, Stop
+
+
+def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
+    """Lengths, truncation, rewards and staleness of a whole step; `step` is the version that trains on them."""
+    rollouts = [one.rollout for one in scored]
+    metrics = [
+        Metric("rollout/length_mean", sum(len(one.tokens) for one in rollouts), len(rollouts)),
+        Metric("rollout/truncated", sum(one.stop is Stop.LENGTH for one in rollouts), len(rollouts)),
+        Metric("rollout/staleness", sum(step - one.version for one in rollouts), len(rollouts)),
+    ]
+    rewards = [one.reward for one in scored if one.reward is not None]
+    if rewards:
+        groups: dict[str, list[float]] = {}
+        for one in scored:
+            if one.reward is not None:
+                groups.setdefault(one.rollout.group, []).append(one.reward)
+        mixed = sum(len(set(group)) > 1 for group in groups.values())
+        metrics += [
+            Metric("reward/mean", math.fsum(rewards), len(rewards)),
+            Metric("reward/mixed_groups", mixed, len(groups)),
+            Metric("reward/unscored", len(scored) - len(rewards), len(scored)),
+        ]
+    for fact in sorted({name for one in scored for name in one.facts}):
+        values = [one.facts[fact] for one in scored if fact in one.facts]
+        metrics.append(Metric(fact, math.fsum(values), len(values)))
+    return metrics
+
+
+def describe_step(counts: Counts, report: StepReport, peak_gib: float) -> list[Metric]:
+    """Sizes, loss and optimizer of a step."""
+    return [
+        Metric("loss/total", report.loss),
+        *report.metrics,
+        Metric("optim/grad_norm", report.grad_norm),
+        Metric("optim/lr", report.lr),
+        Metric("optim/skipped", float(report.skipped)),
+        Metric("batch/tokens", counts.tokens),
+        Metric("batch/sequences", counts.sequences),
+        Metric("memory/peak_gib", peak_gib),
+    ]

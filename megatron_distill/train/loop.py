@@ -1,0 +1,136 @@
+"""The loop: rollout, pack, teacher, score, train, sync. Data goes one way; two arrows go back, both at `publish`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from megatron_distill.config import RunConfig
+from megatron_distill.data.packing import pack
+from megatron_distill.data.prompts import load_prompts
+from megatron_distill.models import checkpoint
+from megatron_distill.models.spec import ModelSpec
+from megatron_distill.models.student import Student
+from megatron_distill.objectives.base import Scope, State
+from megatron_distill.rollout.sources.base import Source, Surroundings
+from megatron_distill.runtime.start import Runtime, start
+from megatron_distill.train.describe import describe_rollouts, describe_step
+from megatron_distill.train.evaluation import Evaluation
+from megatron_distill.train.metrics import Metrics
+from megatron_distill.train.preflight import student_tokenizer
+from megatron_distill.train.step import Signals, bind, token_stats
+from megatron_distill.types import Batch, Scored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run stands, besides its weights and optimizer."""
+
+    step: int = 0
+    """Updates done."""
+    objective: State = field(default_factory=dict)
+
+
+def train(run: RunConfig) -> None:
+    """Train, or go on from the newest complete checkpoint of the run folder; the same bits either way."""
+    tokenizer = student_tokenizer(run)
+    with start(run.parallel, run.precision, run.train.seed) as runtime:
+        student = Student.build(
+            run.student,
+            run.optimizer,
+            runtime,
+            steps=run.train.steps,
+            chunk_rows=run.train.chunk_rows,
+            valid_vocab=shared_vocab(run),
+        )
+        teachers = {name: part.connect(runtime, student.partition) for name, part in run.teachers.items()}
+        with closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))) as source:
+            progress = resume(run, student, source)
+            source.publish(student, progress.step)
+            evaluation = Evaluation.connect(run, student, tokenizer, source.engine)
+            folder, steps = run.paths.run, run.train.steps
+            with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
+                for step in range(progress.step, steps):
+                    with metrics.step(step + 1) as clock:
+                        with clock("rollout"):
+                            scored = source.next(step)
+                        with clock("pack"):
+                            batch = pack_for(runtime, run, scored)
+                        with clock("teacher"):
+                            signals: Signals = {name: teacher.signal(batch) for name, teacher in teachers.items()}
+                        with clock("score"):
+                            stats = token_stats(student, batch, run.objective.needs, run.objective.temperature)
+                        scope = Scope(seed=run.train.seed, step=step, data_group=runtime.mesh.groups.dp)
+                        plan, progress.objective = run.objective.prepare(stats, batch, scope, progress.objective)
+                        with clock("train"):
+                            loss = bind(run.objective, signals, plan, batch, student.partition)
+                            report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
+                        with clock("sync"):
+                            source.publish(student, step + 1)
+                        for teacher in teachers.values():
+                            teacher.after_step(student, step + 1)
+                        progress.step = step + 1
+                        metrics.add(*describe_rollouts(scored, step), *plan.metrics)
+                        metrics.add(*describe_step(batch.counts, report, runtime.backend.peak_memory()))
+                    if evaluation is not None and evaluation.section.due(step + 1):
+                        metrics.write(step + 1, *evaluation.ask(student, step + 1))
+                    if run.checkpoint.due(step + 1) or step + 1 == steps:
+                        save(run, student, source, progress)
+
+
+def shared_vocab(run: RunConfig) -> int:
+    """Ids that the student and all teachers know: no other id gets probability anywhere in the run."""
+    folders = [run.student.model, *(part.folder for part in run.teachers.values() if part.folder is not None)]
+    return min(ModelSpec.from_folder(folder).vocab_size for folder in folders)
+
+
+def surroundings(
+    run: RunConfig, runtime: Runtime, student: Student, tokenizer: PreTrainedTokenizerBase
+) -> Surroundings:
+    """What a rollout source is told of the run."""
+    return Surroundings(
+        ranks=runtime.mesh,
+        tokenizer=tokenizer,
+        prompts=load_prompts(run.data, tokenizer),
+        verifier=run.reward,
+        student_folder=run.student.model,
+        valid_vocab=student.partition.valid,
+        run_folder=run.paths.run,
+        seed=run.train.seed,
+        prompts_per_step=run.train.prompts_per_step,
+        device=runtime.backend.device,
+    )
+
+
+def pack_for(runtime: Runtime, run: RunConfig, scored: list[Scored]) -> Batch:
+    """This rank's share of a step; `scored` is equal on all ranks."""
+    return pack(
+        scored,
+        dp_rank=runtime.mesh.dp_rank,
+        dp_size=run.parallel.dp,
+        tokens_per_micro_batch=run.train.tokens_per_micro_batch,
+        sequence_multiple=run.parallel.sequence_multiple,
+        total_multiple=run.parallel.total_multiple,
+        device=runtime.backend.device,
+        version=min(one.rollout.version for one in scored),
+    )
+
+
+def resume(run: RunConfig, student: Student, source: Source) -> Progress:
+    """The state of the newest complete checkpoint, or of a fresh run."""
+    found = checkpoint.latest(run.paths.run)
+    if found is None:
+        return Progress(objective=run.objective.initial())
+    kept = checkpoint.load(found, student)
+    source.restore(kept["source"])
+    return Progress(step=kept["step"], objective=kept["objective"])
+
+
+def save(run: RunConfig, student: Student, source: Source, progress: Progress) -> None:
+    """Everything that `resume` reads."""
+    state = {"source": source.state(), "objective": dict(progress.objective)}
+    checkpoint.save(run.paths.run, progress.step, student, state, keep=run.checkpoint.keep)
