@@ -24,6 +24,7 @@ _CPU = torch.device("cpu")
 class _Stream:
     """A stream on a machine where everything already runs in order."""
 
+    def __init__(self, *_: object, **__: object) -> None: ...
     def wait_stream(self, other: object) -> None: ...
     def wait_event(self, event: object) -> None: ...
     def synchronize(self) -> None: ...
@@ -140,7 +141,7 @@ TORCH_CUDA: dict[str, Any] = {
     "synchronize": lambda *_: None,
     "empty_cache": lambda: None,
     "current_stream": lambda *_: _Stream(),
-    "Stream": lambda *_, **__: _Stream(),
+    "Stream": _Stream,
     "Event": _Event,
     "stream": lambda _: contextlib.nullcontext(),
     "get_rng_state": _get_rng_state,

@@ -16,7 +16,7 @@ from megatron_distill.objectives.base import Scope, State
 from megatron_distill.rollout.sources.base import Source, Surroundings
 from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.train.describe import describe_rollouts, describe_step
-from megatron_distill.train.evaluation import Evaluation
+from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Metrics
 from megatron_distill.train.preflight import student_tokenizer
 from megatron_distill.train.step import Signals, bind, token_stats
@@ -51,7 +51,7 @@ def train(run: RunConfig) -> None:
         with closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))) as source:
             progress = resume(run, student, source)
             source.publish(student, progress.step)
-            evaluation = Evaluation.connect(run, student, tokenizer, source.engine)
+            held_out = HeldOut.connect(run, student, tokenizer, source.engine)
             folder, steps = run.paths.run, run.train.steps
             with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
                 for step in range(progress.step, steps):
@@ -76,8 +76,8 @@ def train(run: RunConfig) -> None:
                         progress.step = step + 1
                         metrics.add(*describe_rollouts(scored, step), *plan.metrics)
                         metrics.add(*describe_step(batch.counts, report, runtime.backend.peak_memory()))
-                    if evaluation is not None and evaluation.section.due(step + 1):
-                        metrics.write(step + 1, *evaluation.ask(student, step + 1))
+                    if held_out is not None and held_out.section.due(step + 1):
+                        metrics.write(step + 1, *held_out.ask(student, step + 1))
                     if run.checkpoint.due(step + 1) or step + 1 == steps:
                         save(run, student, source, progress)
 
