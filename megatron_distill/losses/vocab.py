@@ -98,8 +98,7 @@ class _Scores(Function):
         ctx.set_materialize_grads(False)
         (max_R,) = maxima(partition.group, logits_Rv)
         shifted_Rv = shifted_by(logits_Rv, max_R)
-        exp_Rv = shifted_Rv.exp()
-        wanted = [exp_Rv.sum(-1)]
+        wanted = []
         local_R = owned_R = None
         if ids_R is not None:
             local_R = ids_R - partition.start
@@ -107,6 +106,8 @@ class _Scores(Function):
             local_R = local_R.clamp(0, partition.width - 1)
             picked_R = shifted_Rv.gather(-1, local_R[:, None]).squeeze(-1)
             wanted.append(picked_R.masked_fill(~owned_R, 0.0))
+        exp_Rv = shifted_Rv.exp() if want_entropy else shifted_Rv.exp_()
+        wanted.insert(0, exp_Rv.sum(-1))
         if want_entropy:
             wanted.append(exp_Rv.mul_(shifted_Rv).sum(-1))
         sums = all_reduce(wanted, dist.ReduceOp.SUM, partition.group)
@@ -121,11 +122,11 @@ class _Scores(Function):
     def backward(ctx: Any, logp_grad_R: Tensor | None, entropy_grad_R: Tensor | None) -> tuple[Tensor | None, ...]:
         logits_Rv, max_R, sum_R, local_R, owned_R, entropy_R = ctx.saved_tensors
         shifted_Rv = shifted_by(logits_Rv, max_R)
-        grad_Rv = shifted_Rv.exp().div_(sum_R[:, None])
         if entropy_grad_R is None:
             assert logp_grad_R is not None
-            grad_Rv.mul_(-logp_grad_R[:, None])
+            grad_Rv = shifted_Rv.exp_().mul_((logp_grad_R / -sum_R)[:, None])
         else:
+            grad_Rv = shifted_Rv.exp().div_(sum_R[:, None])
             factor_Rv = shifted_Rv.add_((entropy_R - sum_R.log())[:, None]).mul_(-entropy_grad_R[:, None])
             grad_Rv.mul_(factor_Rv if logp_grad_R is None else factor_Rv.sub_(logp_grad_R[:, None]))
         if logp_grad_R is not None:
