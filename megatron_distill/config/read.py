@@ -108,7 +108,7 @@ class _Complaint:
         """The same key in another section, else the most similar key here, else all keys here."""
         key = self.place[-1]
         for name, hint in get_type_hints(root).items():
-            section = _dataclass(hint)
+            section = dataclass_in(hint)
             if section and key in {known.name for known in dataclasses.fields(section)} and name != self.place[0]:
                 return f"did you mean '{name}.{key}'?"
         return _did_you_mean(key, list(self.allowed)) or f"allowed: {', '.join(self.allowed)}"
@@ -116,7 +116,7 @@ class _Complaint:
 
 def _section(name: str, raw: Any, kind: Parts | None, hint: Any) -> tuple[Any, list[_Complaint]]:
     if kind is None:
-        return _validate(_dataclass(hint) or hint, raw, (name,))
+        return _validate(dataclass_in(hint) or hint, raw, (name,))
     if not kind.named:
         return _part(kind, raw, (name,))
     if not isinstance(raw, Mapping):
@@ -169,11 +169,11 @@ def _inner(error: ErrorDetails, raw: Any) -> Place:
     """The error's location without pydantic's own words for members of unions."""
     place: list[str] = []
     for step in error["loc"][1:]:
-        known = isinstance(step, int) if isinstance(raw, list) else isinstance(raw, Mapping) and step in raw
-        if not known and error["type"] != "missing":
-            continue
-        place.append(str(step))
-        raw = raw[step] if known else None
+        keys = range(len(raw)) if isinstance(raw, list) else raw if isinstance(raw, Mapping) else ()
+        known = step in keys
+        if known or error["type"] == "missing":
+            place.append(str(step))
+            raw = raw[step] if known else None
     return tuple(place)
 
 
@@ -197,8 +197,9 @@ def _missing(place: Place, kinds: Sequence[str] = ()) -> _Complaint:
 
 
 def _refused(place: Place, message: str, fields: Mapping[str, Any]) -> _Complaint:
-    """What a section's own check says, which may begin with the name of a field or with the whole path."""
-    message = message.removeprefix(".".join(place) + ".")
+    """What a section's own check says, which may begin with the name of a field, or with its path or part of it."""
+    for start in range(len(place)):
+        message = message.removeprefix(".".join(place[start:]) + ".")
     name = re.match(r"\w*", message)[0]  # type: ignore[index]
     if name not in fields:
         return _Complaint(place, message)
@@ -210,7 +211,7 @@ def _did_you_mean(word: Any, allowed: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def _dataclass(hint: Any) -> type | None:
+def dataclass_in(hint: Any) -> type | None:
     """The dataclass a hint speaks of, also behind `| None`."""
     found = [
         member for member in (hint, *get_args(hint)) if isinstance(member, type) and dataclasses.is_dataclass(member)
@@ -221,7 +222,7 @@ def _dataclass(hint: Any) -> type | None:
 def _fields_at(section: Any, inner: Place) -> dict[str, Any]:
     """The fields allowed at a place inside a section."""
     for name in inner:
-        section = _dataclass(get_type_hints(section).get(name)) if section else None
+        section = dataclass_in(get_type_hints(section).get(name)) if section else None
     return {found.name: found for found in dataclasses.fields(section)} if section else {}
 
 
@@ -229,8 +230,9 @@ def _has_default(section: dataclasses.Field[Any]) -> bool:
     return section.default is not dataclasses.MISSING or section.default_factory is not dataclasses.MISSING
 
 
-def _plain(part: object, with_kind: bool) -> dict[str, Any]:
-    values = model(type(part)).model_construct(value=part).model_dump(mode="json")["value"]
+def _plain(part: Any, with_kind: bool) -> dict[str, Any]:
+    section: type = type(part)
+    values = model(section).model_construct(value=part).model_dump(mode="json")["value"]
     return {"kind": kind_of(part), **values} if with_kind else values
 
 

@@ -1,65 +1,92 @@
-"""Evaluation while training: the student as it is now, on held-out prompts."""
+"""Evaluate a model as it lies on disk, a model folder or a checkpoint of a run, without training it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from megatron_distill.config import RunConfig
-from megatron_distill.data.prompts import Prompts, load_prompts
-from megatron_distill.eval.runner import EvalSection, evaluate
-from megatron_distill.models.student import Student
-from megatron_distill.rollout.base import RolloutEngine
+from megatron_distill.data.prompts import load_prompts
+from megatron_distill.data.templates import load_tokenizer
+from megatron_distill.errors import ConfigError
+from megatron_distill.eval.runner import evaluate
+from megatron_distill.models.checkpoint import check_model, load_weights
+from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.network import Network
+from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.rollout.sample import Tools
-from megatron_distill.types import Metric
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_distill.runtime.start import Runtime, start
+from megatron_distill.train.preflight import check_evaluation
 
 
-@dataclass(slots=True, kw_only=True)
-class Evaluation:
-    """Held-out prompts, and what answers and judges them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What an evaluation found."""
 
-    section: EvalSection
-    prompts: Prompts
-    tools: Tools
-    owned: RolloutEngine | None
-    """An engine of its own, where the run's source has none."""
-    seed: int
-    folder: Path
+    model: Path
+    problems: int
+    metrics: Mapping[str, float]
 
-    @staticmethod
-    def connect(
-        run: RunConfig, student: Student, tokenizer: PreTrainedTokenizerBase, engine: RolloutEngine | None
-    ) -> Evaluation | None:
-        """None where the config asks for no evaluation while training; `engine` is the source's, if it has one."""
-        section = run.eval
-        if section is None or section.data is None or section.every == 0:
+    def write(self, path: Path) -> None:
+        """As JSON, in one atomic replacement."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"model": str(self.model), "problems": self.problems, "metrics": dict(self.metrics)}
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def check_evaluable(run: RunConfig, checkpoint: Path | None = None) -> list[str]:
+    """What an evaluation reads, before any process group.
+
+    Raises:
+        DistillError: no held-out prompts are named, or something cannot be read.
+    """
+    if run.eval.data is None:
+        raise ConfigError("eval.data: nothing to evaluate on; set eval.data.prompts")
+    spec = ModelSpec.from_folder(run.student.model)
+    SafetensorsFolder(run.student.model)
+    if checkpoint is not None:
+        check_model(checkpoint, spec)
+    return check_evaluation(run)
+
+
+def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Path | None = None) -> Report | None:
+    """Ask a model every prompt of `run.eval`; ranks share the prompts, and only the first reports.
+
+    Args:
+        run: each of its `parallel.dp` ranks holds a whole copy of the model.
+        checkpoint: whose weights in place of those of `run.student.model`.
+        responses: folder for what the model wrote.
+    """
+    assert run.eval.data is not None
+    folder = run.student.model
+    with start(run.parallel, run.precision, run.train.seed) as runtime:
+        tokenizer = load_tokenizer(folder, run.student.trust_remote_code)
+        prompts = load_prompts(run.eval.data, tokenizer)
+        engine = EmbeddedSettings().connect(folder, tokenizer, device=runtime.backend.device)
+        engine.load_weights(_weights(folder, checkpoint, runtime), version=0)
+        with closing(run.reward.connect()) as judge:
+            tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=runtime.mesh)
+            metrics = evaluate(tools, prompts, run.eval, step=0, seed=run.train.seed, folder=responses)
+        if runtime.mesh.rank != 0:
             return None
-        owned = None
-        if engine is None:
-            owned = EmbeddedSettings().connect(run.student.model, tokenizer, valid_vocab=student.partition.valid)
-        tools = Tools(
-            engine=engine or owned,  # type: ignore[arg-type]
-            judge=run.reward.connect(),
-            tokenizer=tokenizer,
-            ranks=student.mesh,
-        )
-        prompts = load_prompts(section.data, tokenizer)
-        return Evaluation(
-            section=section,
-            prompts=prompts,
-            tools=tools,
-            owned=owned,
-            seed=run.train.seed,
-            folder=run.paths.run / "samples",
-        )
+    values = {metric.name: metric.value for metric in metrics}
+    return Report(model=checkpoint or folder, problems=len(prompts), metrics=values)
 
-    def ask(self, student: Student, step: int) -> tuple[Metric, ...]:
-        """avg@k, pass@k and the rest after `step` updates; collective."""
-        if self.owned is not None:
-            self.owned.load_weights(student.weights(), step)
-        return evaluate(self.tools, self.prompts, self.section, step=step, seed=self.seed, folder=self.folder)
+
+def _weights(folder: Path, checkpoint: Path | None, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by Hugging Face name."""
+    if checkpoint is None:
+        weights = SafetensorsFolder(folder)
+        yield from ((name, weights.read(name)) for name in sorted(weights.names))
+    else:
+        network = Network.empty(ModelSpec.from_folder(folder), runtime)
+        load_weights(checkpoint, network)
+        yield from network.weights()

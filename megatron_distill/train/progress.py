@@ -17,10 +17,10 @@ SHOWN = {
     "loss/total": ("loss", "{:.4g}"),
     "optim/grad_norm": ("grad norm", "{:.3g}"),
     "reward/mean": ("reward", "{:.3f}"),
-    "eval/accuracy": ("accuracy", "{:.1%}"),
+    "eval/avg_at_": ("accuracy", "{:.1%}"),
     "perf/tokens_per_s": ("tokens/s", "{:,.0f}"),
 }
-"""Metric name: label and format."""
+"""How a metric's name begins: label and format."""
 
 
 def progress(done: int, steps: int, every: int, console: Console | None = None) -> Sink:
@@ -31,7 +31,12 @@ def progress(done: int, steps: int, every: int, console: Console | None = None) 
 
 def numbers(values: Mapping[str, float]) -> str:
     """The few numbers that matter, those that are there."""
-    return "  ".join(f"{label} {form.format(values[name])}" for name, (label, form) in SHOWN.items() if name in values)
+    return "  ".join(
+        f"{label} {form.format(value)}"
+        for begin, (label, form) in SHOWN.items()
+        for name, value in values.items()
+        if name.startswith(begin)
+    )
 
 
 class Live:

@@ -13,9 +13,9 @@ FLOORS = [
     {"losses"},
     {"data", "rewards", "models"},
     {"rollout"},
-    {"teachers", "objectives"},
+    {"teachers", "objectives", "eval"},
     {"config"},
-    {"train", "eval", "estimate", "report"},
+    {"train", "estimate", "report"},
     {"cli"},
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

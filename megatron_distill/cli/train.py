@@ -1,0 +1,44 @@
+"""`train CONFIG`: check everything that can be checked, then start the ranks."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_distill.cli import ranks
+from megatron_distill.cli.arguments import add_config, add_verb, add_worker
+
+
+def add_to(verbs: Any) -> None:
+    """Describe the verb."""
+    parser = add_verb(verbs, "train", "train a student, or go on with a run that was cut off", run)
+    add_config(parser)
+    add_worker(parser)
+
+
+def run(chosen: argparse.Namespace) -> int:
+    """In a rank: train. Otherwise check, write the resolved config into the run folder, and start the ranks."""
+    from megatron_distill.config import check, load, save
+
+    run = load(chosen.config, chosen.overrides)
+    if chosen.worker:
+        ranks.become_worker(run.paths.run)
+        return _train(run)
+    check(run)
+    if not ranks.launched() or ranks.is_first():
+        from megatron_distill.train.preflight import preflight
+
+        for note in preflight(run):
+            print(note)
+        save(run, run.paths.run / "config.yaml")
+    if ranks.launched() or run.parallel.world == 1:
+        return _train(run)
+    words = ["-m", "megatron_distill.cli", "train", str(run.paths.run / "config.yaml"), "--worker"]
+    return ranks.start(words, run.parallel.world, run.paths.run)
+
+
+def _train(run: Any) -> int:
+    from megatron_distill.train.loop import train
+
+    train(run)
+    return 0

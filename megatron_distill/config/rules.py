@@ -1,0 +1,195 @@
+"""What fits together: every rule across sections, each a small function that says what is wrong or nothing.
+
+All of it is known from the config and the models' config.json: no data, no weights, no process group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_distill.config.read import kind_of
+from megatron_distill.config.run import RunConfig
+from megatron_distill.errors import ConfigError, ModelError
+from megatron_distill.models.spec import ModelSpec
+from megatron_distill.objectives.base import teacher_shares
+from megatron_distill.rollout.sources.demonstrations import Demonstrations
+from megatron_distill.rollout.sources.generate import Generate
+from megatron_distill.runtime.backend import choose
+from megatron_distill.runtime.start import world_size
+from megatron_distill.types import Origin
+
+type Models = dict[str, ModelSpec]
+"""By where the config names it."""
+
+
+def check(run: RunConfig) -> None:
+    """Apply every rule.
+
+    Raises:
+        ConfigError: one line for each rule that is broken.
+    """
+    broken = [rule(run) for rule in RULES]
+    models: Models = {}
+    for place, folder in model_folders(run):
+        try:
+            models[place] = ModelSpec.from_folder(folder)
+        except ModelError as error:
+            broken.append(f"{place}: {error}")
+    if models:
+        broken += [rule(run, models) for rule in MODEL_RULES]
+    if complaints := [complaint for complaint in broken if complaint]:
+        raise ConfigError("\n".join(complaints))
+
+
+def model_folders(run: RunConfig) -> Iterator[tuple[str, Path]]:
+    """Where the config names a model, and the folder."""
+    yield "student.model", run.student.model
+    for name, teacher in run.teachers.items():
+        if teacher.folder is not None:
+            yield f"teachers.{name}.model", teacher.folder
+
+
+def objective_needs_a_teacher(run: RunConfig) -> str | None:
+    if run.objective.needs.teacher is None or run.teachers:
+        return None
+    return f"teachers: none is given, {_objective(run)} learns from one: set teachers.NAME.kind=frozen and its model"
+
+
+def objective_reads_its_teachers(run: RunConfig) -> str | None:
+    if run.objective.needs.teacher is not None or not run.teachers:
+        return None
+    names = ", ".join(run.teachers)
+    nulls = " ".join(f"teachers.{name}=null" for name in run.teachers)
+    return f"teachers: {names} given, {_objective(run)} learns from none: take them out ({nulls}) or change objective"
+
+
+def teachers_say_enough(run: RunConfig) -> str | None:
+    needed = run.objective.needs.teacher
+    if needed is None:
+        return None
+    for name, teacher in run.teachers.items():
+        if teacher.provides < needed:
+            return (
+                f"teachers.{name}.kind={kind_of(teacher)} gives {teacher.provides.name.lower()} signals, "
+                f"{_objective(run)} asks for {needed.name.lower()}: use kind=frozen, or another setting of objective"
+            )
+    return None
+
+
+def teacher_weights_name_the_teachers(run: RunConfig) -> str | None:
+    weights = getattr(run.objective, "teacher_weights", {})
+    if not run.teachers or not weights:
+        return None
+    try:
+        teacher_shares(dict.fromkeys(run.teachers), weights)  # type: ignore[arg-type]
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def objective_needs_a_reward(run: RunConfig) -> str | None:
+    if run.objective.needs.reward and kind_of(run.reward) == "none":
+        return f"reward.kind=none gives no reward, {_objective(run)} learns from one: set reward.kind=math or exact"
+    return None
+
+
+def backend_can_run_it(run: RunConfig) -> str | None:
+    return "\n".join(choose().refusals(run.parallel, run.precision)) or None
+
+
+def launcher_started_as_many_ranks(run: RunConfig) -> str | None:
+    started = world_size()
+    if started in (1, run.parallel.world):
+        return None
+    return (
+        f"parallel: tp x pp x cp x dp = {run.parallel.world} ranks, but {started} were started: "
+        "start as many ranks, or change parallel"
+    )
+
+
+def objective_reads_log_probs_of_rollouts(run: RunConfig) -> str | None:
+    if run.objective.needs.student_logprobs != "rollout" or run.rollout.gives_logprobs:
+        return None
+    kind = kind_of(run.rollout)
+    return f"rollout.kind={kind} gives no log-probs, {_objective(run)} reads them: set rollout.kind=generate"
+
+
+def objective_compares_rollouts_of_a_prompt(run: RunConfig) -> str | None:
+    if not run.objective.needs.group or not isinstance(run.rollout, Generate) or run.rollout.samples_per_prompt > 1:
+        return None
+    return (
+        f"rollout.samples_per_prompt={run.rollout.samples_per_prompt}: {_objective(run)} compares rollouts of one "
+        "prompt: set 2 or more"
+    )
+
+
+def objective_learns_from_who_wrote(run: RunConfig) -> str | None:
+    if Origin.CONSTRUCTED in run.objective.needs.origins:
+        return None
+    if isinstance(run.rollout, Generate) and run.rollout.on_policy_fraction < 1:
+        given = f"rollout.on_policy_fraction={run.rollout.on_policy_fraction}"
+    elif isinstance(run.rollout, Demonstrations):
+        given = "rollout.kind=demonstrations"
+    else:
+        return None
+    return (
+        f"{given} gives the data's solutions, {_objective(run)} with these settings learns only from what the "
+        "student wrote: set rollout.kind=generate with on_policy_fraction=1, or another objective.divergence"
+    )
+
+
+def evaluation_has_prompts(run: RunConfig) -> str | None:
+    if run.eval.every and run.eval.data is None:
+        return f"eval.every={run.eval.every}: there is nothing to evaluate on: set eval.data.prompts, or eval.every=0"
+    return None
+
+
+def tp_divides_the_models(run: RunConfig, models: Models) -> str | None:
+    counts = [
+        (number, f"{what} of {place}")
+        for place, spec in models.items()
+        for number, what in (
+            (spec.num_heads, "attention heads"),
+            (spec.num_kv_heads, "key-value heads"),
+            (spec.ffn_hidden_size, "feed-forward columns"),
+        )
+    ]
+    return _divides("parallel.tp", run.parallel.tp, counts)
+
+
+def pp_divides_the_models(run: RunConfig, models: Models) -> str | None:
+    return _divides(
+        "parallel.pp", run.parallel.pp, [(spec.num_layers, f"layers of {place}") for place, spec in models.items()]
+    )
+
+
+RULES: tuple[Callable[[RunConfig], str | None], ...] = (
+    objective_needs_a_teacher,
+    objective_reads_its_teachers,
+    teachers_say_enough,
+    teacher_weights_name_the_teachers,
+    objective_needs_a_reward,
+    objective_reads_log_probs_of_rollouts,
+    objective_compares_rollouts_of_a_prompt,
+    objective_learns_from_who_wrote,
+    evaluation_has_prompts,
+    backend_can_run_it,
+    launcher_started_as_many_ranks,
+)
+MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (tp_divides_the_models, pp_divides_the_models)
+
+
+def _objective(run: RunConfig) -> str:
+    return f"objective.kind={kind_of(run.objective)}"
+
+
+def _divides(setting: str, parts: int, counts: list[tuple[int, str]]) -> str | None:
+    """One sentence for all that cannot be cut in so many parts, with the numbers that would do for everything."""
+    broken = [f"the {number} {what}" for number, what in counts if number % parts]
+    if not broken:
+        return None
+    common = math.gcd(*(number for number, _ in counts))
+    allowed = ", ".join(str(part) for part in range(1, common + 1) if common % part == 0)
+    return f"{setting}={parts}: does not divide {', '.join(broken)}; allowed: {allowed}"

@@ -1,0 +1,75 @@
+"""What does not fit together is refused when a config is checked: one line that says what to do."""
+
+import shutil
+
+import pytest
+
+from megatron_distill.config import check, load
+from megatron_distill.config.rules import RULES
+from megatron_distill.errors import ConfigError
+
+
+def complaints(run_file, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        check(load(run_file, overrides))
+    return str(caught.value).splitlines()
+
+
+def test_a_sound_config_passes(run_file):
+    check(load(run_file))
+    check(load(run_file, ["parallel={tp: 2, pp: 2, dp: 3, sequence_parallel: true}", "precision.dtype=bf16"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("teachers.big=null", "teachers: none is given, objective.kind=opd learns from one: set teachers.NAME.kind"),
+        (
+            "objective={kind: sft}",
+            "teachers: big given, objective.kind=sft learns from none: take them out (teachers.big=null)",
+        ),
+        (
+            "objective.teacher_weights={small: 1}",
+            "objective.teacher_weights: names ['small'], the teachers are ['big']",
+        ),
+        ("parallel.tp=4", "parallel.tp=4: does not divide the 2 key-value heads of student.model; allowed: 1, 2"),
+        ("parallel.pp=4", "parallel.pp=4: does not divide the 2 layers of student.model; allowed: 1, 2"),
+        (
+            "rollout={kind: demonstrations}",
+            "rollout.kind=demonstrations gives the data's solutions, objective.kind=opd",
+        ),
+        ("rollout.on_policy_fraction=0.5", "rollout.on_policy_fraction=0.5 gives the data's solutions"),
+        ("eval.every=5", "eval.every=5: there is nothing to evaluate on"),
+        ("student.model=nowhere", "student.model: nowhere: no such"),
+        ("precision={dtype: bf16, fp8: {}}", "precision.fp8 needs TransformerEngine on a GPU"),
+    ],
+)
+def test_what_cannot_run_here_is_refused(run_file, override, complaint):
+    assert complaints(run_file, override)[0].startswith(complaint)
+
+
+def test_every_broken_rule_is_one_line_whatever_the_number_of_models(run_file):
+    lines = complaints(run_file, "parallel={tp: 3, pp: 3}", "objective={kind: sft}")
+    assert [line.split(":")[0] for line in lines] == ["teachers", "parallel.tp=3", "parallel.pp=3"]
+    assert "the 4 attention heads of student.model" in lines[1]
+    assert "the 8 attention heads of teachers.big.model" in lines[1]
+
+
+def test_a_launcher_must_have_started_as_many_ranks(run_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (line,) = complaints(run_file, "parallel.tp=2")
+    assert "= 2 ranks, but 4 were started" in line
+    check(load(run_file, ["parallel={tp: 2, dp: 2}"]))
+
+
+def test_a_folder_that_is_no_model_is_refused(run_file, models, tmp_path):
+    shutil.copytree(models / "student", tmp_path / "broken")
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "gpt2"}')
+    (line,) = complaints(run_file, f"student.model={tmp_path / 'broken'}")
+    assert line.startswith("student.model: ")
+    assert "gpt2" in line
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rules_say_nothing_of_a_sound_config(rule, run_file):
+    assert rule(load(run_file)) is None
