@@ -203,15 +203,6 @@ class ShardWriter:
         assert self._file is not None
         self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
-    def copy_config(self, source: str | Path, dtype: torch.dtype) -> None:
-        """Put `source`'s config.json, with the type of these weights, and its tokenizer files beside the weights."""
-        config: dict[str, Any] = read_config(source)
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-        _write_json(self.partial / "config.json", config)
-        for name in BESIDE_WEIGHTS:
-            if (file := Path(source) / name).is_file():
-                shutil.copyfile(file, self.partial / name)
-
     def _file_name(self, shard: int) -> str:
         return SINGLE if len(self._shards) == 1 else f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
 
@@ -248,9 +239,19 @@ def save_folder(
         overwrite: as for `ShardWriter`.
     """
     with ShardWriter(folder, plan(spec, dtype), max_shard_bytes, overwrite) as writer:
-        writer.copy_config(source, dtype)
+        copy_beside(source, writer.partial, dtype)
         for name, tensor in tensors:
             writer.write(name, tensor.to(dtype))
+
+
+def copy_beside(source: str | Path, destination: Path, dtype: torch.dtype) -> None:
+    """Put a model folder's config.json, saying that weights are of `dtype`, and its tokenizer files elsewhere."""
+    config = read_config(source)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(destination / "config.json", config)
+    for name in BESIDE_WEIGHTS:
+        if (file := Path(source) / name).is_file():
+            shutil.copyfile(file, destination / name)
 
 
 def _cut_shards(planned: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:

@@ -1,0 +1,1 @@
+"""Doors outside the package: conversion of models."""
