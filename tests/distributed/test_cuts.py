@@ -1,8 +1,8 @@
 """However a step is cut over ranks and micro-batches, it is the same step: loss, gradient norm and gradient.
 
 All through real Megatron: its schedules, its DistributedDataParallel, its distributed optimizer. The gradient is read
-off an update that is a smooth function of it: AdamW with lr = 100 and eps = 1 moves a weight by 100 g / (|g| + 1) in its first
-step. The teacher has another size, another family and another padded vocabulary than the student.
+off an update that is a smooth function of it: AdamW with lr = 100 and eps = 1 moves a weight by 100 g / (|g| + 1) in
+its first step. The teacher has another size, another family and another padded vocabulary than the student.
 """
 
 from __future__ import annotations
