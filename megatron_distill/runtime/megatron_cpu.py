@@ -153,6 +153,21 @@ TORCH_CUDA: dict[str, Any] = {
 _installed = False
 
 
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Within: `torch.compile` does nothing.
+
+    Megatron decorates some twenty fused functions with it when it is imported, none of which is used on CPU, and the
+    decoration alone imports the whole compiler: half of the time that a rank takes to start.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else lambda wrapped: wrapped
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def install() -> None:
     """Make Megatron-Core importable and runnable without CUDA; once per process, before Megatron is used."""
     global _installed
@@ -160,7 +175,7 @@ def install() -> None:
         return
     for name, stand_in in TORCH_CUDA.items():
         setattr(torch.cuda, name, stand_in)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_compiler():
         # at import Megatron says that TransformerEngine and Apex are missing: here they cannot be there
         warnings.simplefilter("ignore")
         import megatron.core.optimizer as optimizer
