@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as Timeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from threading import Lock
@@ -23,10 +22,13 @@ from megatron_distill.rewards.base import Verdict, Verifier
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Math(Verifier):
-    """1 when the final answer is mathematically equal to the gold answer, else 0."""
+    """1 when the final answer is mathematically equal to the gold answer, else 0.
+
+    The final answer stands in the last `\\boxed{}`, after a later marker, or where math-verify finds it.
+    """
 
     answer_after: str | None = None
-    """Read the answer from the rest of the line after the last such marker, e.g. `####`, where there is one."""
+    """The answer may also be the rest of the line after the last such marker, e.g. `####`."""
     timeout_seconds: float = 5.0
     """Longest check of one answer; after it the answer counts as unscored."""
     processes: int = 2
@@ -78,18 +80,15 @@ class MathJudge:
         return verdicts
 
     def _verdict(self, future: Any) -> Verdict:
-        from pebble import ProcessExpired
-
-        try:
-            outcome = future.result()
-        except (Timeout, ProcessExpired):
-            outcome = None
-        except BrokenProcessPool as error:
+        """Waits. Whatever went wrong in a check (deadline, death, any error inside sympy) is one failed check."""
+        error = future.exception()
+        if isinstance(error, BrokenProcessPool):
             self.close()
             raise RewardError(
                 "the processes of reward.kind=math die as they start; raise reward.memory_gib, and see that "
                 f"`python -c 'import math_verify'` works ({error})"
             ) from error
+        outcome = None if error else future.result()
         if outcome is None:
             return Verdict(None, {"reward/failed": 1.0})
         right, answered = outcome
@@ -132,21 +131,16 @@ def _prepare(memory_gib: float) -> None:
 
 
 def _check(gold: str, text: str, answer_after: str | None) -> tuple[bool, bool] | None:
-    """In a worker: (right, answered); None when the check itself failed."""
+    """In a worker: (right, answered); None when the gold answer is no mathematics."""
     import math_verify
 
-    # the box goes before phrases such as "the answer is": that is what models are asked for
-    targets = (math_verify.LatexExtractionConfig(boxed_match_priority=0), math_verify.ExprExtractionConfig())
-
     def parse(text: str) -> list[Any]:
-        return math_verify.parse(text, targets, parsing_timeout=None)
+        return math_verify.parse(text, parsing_timeout=None)
 
-    marked = final_answer(text, answer_after, boxed=False)
-    said = parse(text if marked is None else f"\\boxed{{{marked}}}")
+    # math-verify takes all boxes together; a model that corrects itself means the last one
+    final = final_answer(text, answer_after, boxed=True)
+    said = parse(text if final is None else f"\\boxed{{{final}}}")
     expected = parse(f"\\boxed{{{gold}}}")
     if not expected:
         return None
-    try:
-        return math_verify.verify(expected, said, timeout_seconds=None, raise_on_error=True), bool(said)
-    except (ArithmeticError, AttributeError, MemoryError, RecursionError, TypeError, ValueError):
-        return None
+    return math_verify.verify(expected, said, timeout_seconds=None, raise_on_error=True), bool(said)
