@@ -45,7 +45,7 @@ def build_model(spec: ModelSpec, runtime: Runtime, recompute: Recompute = "none"
     mesh, backend = runtime.mesh, runtime.backend
     with backend.megatron():
         model = GPTModel(
-            config=_config(spec, mesh, runtime.precision, recompute),
+            config=_config(spec, runtime, recompute),
             transformer_layer_spec=backend.block(spec.qk_norm, spec.num_layers // mesh.sizes.pp),
             vocab_size=padded_vocab_size(spec.vocab_size, mesh.sizes.tp),
             max_sequence_length=spec.max_positions,
@@ -60,10 +60,10 @@ def build_model(spec: ModelSpec, runtime: Runtime, recompute: Recompute = "none"
     return model
 
 
-def _config(spec: ModelSpec, mesh: Mesh, precision: Precision, recompute: Recompute) -> Any:
+def _config(spec: ModelSpec, runtime: Runtime, recompute: Recompute) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    sizes = mesh.sizes
+    sizes, precision = runtime.mesh.sizes, runtime.precision
     dtype = precision.torch_dtype
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -83,7 +83,7 @@ def _config(spec: ModelSpec, mesh: Mesh, precision: Precision, recompute: Recomp
         attention_dropout=0.0,
         init_method_std=spec.initializer_range,
         perform_initialization=False,
-        use_cpu_initialization=True,
+        use_cpu_initialization=runtime.backend.device.type == "cpu",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.dtype == "bf16",

@@ -53,7 +53,7 @@ class Backend(Protocol):
 def _import_megatron() -> None:
     """Import what will be used later, where its warnings about optional packages stay unsaid."""
     with _quiet():
-        for name in ("models.gpt", "models.gpt.gpt_layer_specs", "pipeline_parallel", "optimizer", "dist_checkpointing"):
+        for name in ("models.gpt.gpt_layer_specs", "pipeline_parallel", "optimizer", "dist_checkpointing"):
             importlib.import_module(f"megatron.core.{name}")
 
 

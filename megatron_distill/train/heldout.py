@@ -58,6 +58,10 @@ class HeldOut:
             folder=run.paths.run / "samples",
         )
 
+    def close(self) -> None:
+        """End the verifier's processes."""
+        self.tools.judge.close()
+
     def ask(self, student: Student, step: int) -> tuple[Metric, ...]:
         """avg@k, pass@k and the rest after `step` updates; collective."""
         if self.owned is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,13 @@ from megatron_distill.models.student import Student
 from megatron_distill.objectives.base import Scope, State
 from megatron_distill.rollout.sources.base import Source, Surroundings
 from megatron_distill.runtime.start import Runtime, start
+from megatron_distill.teachers.base import Teacher
 from megatron_distill.train.describe import describe_rollouts, describe_step
 from megatron_distill.train.heldout import HeldOut
-from megatron_distill.train.metrics import Metrics
+from megatron_distill.train.metrics import Clock, Metrics
 from megatron_distill.train.preflight import student_tokenizer
 from megatron_distill.train.step import Signals, bind, token_stats
-from megatron_distill.types import Batch, Scored
+from megatron_distill.types import Batch, Metric, Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,51 +37,77 @@ class Progress:
     objective: State = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A run's live parts on this rank."""
+
+    runtime: Runtime
+    student: Student
+    teachers: Mapping[str, Teacher]
+    source: Source
+    held_out: HeldOut | None
+
+
 def train(run: RunConfig) -> None:
     """Train, or go on from the newest complete checkpoint of the run folder; the same bits either way."""
+    folder, steps = run.paths.run, run.train.steps
+    with start(run.parallel, run.precision, run.train.seed) as runtime, connect(run, runtime) as parts:
+        progress = resume(run, parts.student, parts.source)
+        parts.source.publish(parts.student, progress.step)
+        with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
+            for step in range(progress.step, steps):
+                with metrics.step(step + 1) as clock:
+                    metrics.add(*one_step(run, parts, progress, clock))
+                if parts.held_out is not None and parts.held_out.section.due(step + 1):
+                    metrics.write(step + 1, *parts.held_out.ask(parts.student, step + 1))
+                if run.checkpoint.due(step + 1) or step + 1 == steps:
+                    save(run, parts.student, parts.source, progress)
+
+
+def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> list[Metric]:
+    """Rollout to update; collective. The student and `progress` move on by one step."""
+    step, student, runtime = progress.step, parts.student, parts.runtime
+    with clock("rollout"):
+        scored = parts.source.next(step)
+    with clock("pack"):
+        batch = pack_for(runtime, run, scored)
+    with clock("teacher"):
+        signals: Signals = {name: teacher.signal(batch) for name, teacher in parts.teachers.items()}
+    with clock("score"):
+        stats = token_stats(student, batch, run.objective.needs, run.objective.temperature)
+    scope = Scope(seed=run.train.seed, step=step, data_group=runtime.mesh.groups.dp)
+    plan, progress.objective = run.objective.prepare(stats, batch, scope, progress.objective)
+    with clock("train"):
+        loss = bind(run.objective, signals, plan, batch, student.partition)
+        report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
+    with clock("sync"):
+        parts.source.publish(student, step + 1)
+    for teacher in parts.teachers.values():
+        teacher.after_step(student, step + 1)
+    progress.step = step + 1
+    memory = runtime.backend.peak_memory()
+    return [*describe_rollouts(scored, step), *plan.metrics, *describe_step(batch.counts, report, memory)]
+
+
+@contextmanager
+def connect(run: RunConfig, runtime: Runtime) -> Iterator[Parts]:
+    """Build and load every part; give processes and memory back on the way out."""
     tokenizer = student_tokenizer(run)
-    with start(run.parallel, run.precision, run.train.seed) as runtime:
-        student = Student.build(
-            run.student,
-            run.optimizer,
-            runtime,
-            steps=run.train.steps,
-            chunk_rows=run.train.chunk_rows,
-            valid_vocab=shared_vocab(run),
-        )
-        teachers = {name: part.connect(runtime, student.partition) for name, part in run.teachers.items()}
-        with closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))) as source:
-            progress = resume(run, student, source)
-            source.publish(student, progress.step)
-            held_out = HeldOut.connect(run, student, tokenizer, source.engine)
-            folder, steps = run.paths.run, run.train.steps
-            with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
-                for step in range(progress.step, steps):
-                    with metrics.step(step + 1) as clock:
-                        with clock("rollout"):
-                            scored = source.next(step)
-                        with clock("pack"):
-                            batch = pack_for(runtime, run, scored)
-                        with clock("teacher"):
-                            signals: Signals = {name: teacher.signal(batch) for name, teacher in teachers.items()}
-                        with clock("score"):
-                            stats = token_stats(student, batch, run.objective.needs, run.objective.temperature)
-                        scope = Scope(seed=run.train.seed, step=step, data_group=runtime.mesh.groups.dp)
-                        plan, progress.objective = run.objective.prepare(stats, batch, scope, progress.objective)
-                        with clock("train"):
-                            loss = bind(run.objective, signals, plan, batch, student.partition)
-                            report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
-                        with clock("sync"):
-                            source.publish(student, step + 1)
-                        for teacher in teachers.values():
-                            teacher.after_step(student, step + 1)
-                        progress.step = step + 1
-                        metrics.add(*describe_rollouts(scored, step), *plan.metrics)
-                        metrics.add(*describe_step(batch.counts, report, runtime.backend.peak_memory()))
-                    if held_out is not None and held_out.section.due(step + 1):
-                        metrics.write(step + 1, *held_out.ask(student, step + 1))
-                    if run.checkpoint.due(step + 1) or step + 1 == steps:
-                        save(run, student, source, progress)
+    student = Student.build(
+        run.student,
+        run.optimizer,
+        runtime,
+        steps=run.train.steps,
+        chunk_rows=run.train.chunk_rows,
+        valid_vocab=shared_vocab(run),
+    )
+    teachers = {name: part.connect(runtime, student.partition) for name, part in run.teachers.items()}
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))))
+        held_out = HeldOut.connect(run, student, tokenizer, source.engine)
+        if held_out is not None:
+            stack.enter_context(closing(held_out))
+        yield Parts(runtime=runtime, student=student, teachers=teachers, source=source, held_out=held_out)
 
 
 def shared_vocab(run: RunConfig) -> int:
