@@ -12,6 +12,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -34,7 +35,7 @@ class Math(Verifier):
     processes: int = 2
     """Worker processes of each rank; started with the first answer."""
     memory_gib: float = 4.0
-    """Address space of one worker process; an answer that needs more counts as unscored."""
+    """What one worker process may take for its answers; one that needs more counts as unscored."""
 
     def __post_init__(self) -> None:
         for name in ("timeout_seconds", "processes", "memory_gib"):
@@ -126,7 +127,8 @@ def _prepare(memory_gib: float) -> None:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every call without its own timeout
     math_verify.verify(math_verify.parse("$1$", parsing_timeout=None), math_verify.parse("$1$", parsing_timeout=None))
-    limit = int(memory_gib * 2**30)
+    loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = loaded + int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
