@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_distill.cli import config, eval, train
+from megatron_distill.cli import config, eval, ranks, train
 from megatron_distill.errors import ConfigError, DistillError
 
 
@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if strange := [word for word in rest if word.startswith("-")]:
             raise ConfigError(f"{' '.join(strange)}: no such option; see --help")
         chosen.overrides += rest
+        if getattr(chosen, "worker", None):
+            ranks.become_worker(chosen.worker)
         return chosen.run(chosen)
     except DistillError as error:
         for line in str(error).splitlines():

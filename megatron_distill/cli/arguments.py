@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 OVERRIDE = "section.field=value, read as YAML, on top of the file; e.g. train.steps=5 objective.kind=gkd"
@@ -39,5 +40,5 @@ def add_config(parser: argparse.ArgumentParser, needed: bool = True) -> None:
 
 
 def add_worker(parser: argparse.ArgumentParser) -> None:
-    """How the launcher tells a rank that everything is checked already; nobody types it."""
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    """How the launcher tells a rank that everything is checked, and where to log; nobody types it."""
+    parser.add_argument("--worker", metavar="FOLDER", type=Path, help=argparse.SUPPRESS)

@@ -40,7 +40,6 @@ def run(chosen: argparse.Namespace) -> int:
 
     run = _resolve(chosen)
     if chosen.worker:
-        ranks.become_worker(run.paths.run)
         return _evaluate(run, chosen)
     if not ranks.launched() or ranks.is_first():
         check_evaluable(run, chosen.checkpoint)
@@ -80,7 +79,7 @@ def _start(run: RunConfig, chosen: argparse.Namespace) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="megatron-distill-eval-"))
     run = dataclasses.replace(run, paths=dataclasses.replace(run.paths, run=scratch))
     save(run, scratch / "config.yaml")
-    words = ["-m", "megatron_distill.cli", "eval", str(scratch / "config.yaml"), "--worker"]
+    words = ["eval", str(scratch / "config.yaml")]
     for option in ("checkpoint", "output", "responses"):
         if path := getattr(chosen, option):
             words += [f"--{option}", str(path)]

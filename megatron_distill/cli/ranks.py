@@ -45,8 +45,8 @@ def log_of(folder: Path, rank: int) -> Path:
     return folder / "logs" / f"rank_{rank:04d}.log"
 
 
-def start(words: Sequence[str], world: int, folder: Path) -> int:
-    """`python *words` on `world` ranks of this machine, whose logs lie in `folder`; their exit code.
+def start(words: Sequence[str], world: int, folder: Path, module: str = "megatron_distill.cli") -> int:
+    """`megatron-distill *words` on `world` ranks of this machine, whose logs lie in `folder`; their exit code.
 
     Raises:
         DistillError: what the first rank to fail said, where a person can put it right.
@@ -71,7 +71,7 @@ def start(words: Sequence[str], world: int, folder: Path) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
         )
         try:
-            elastic_launch(config, sys.executable)(*words)
+            elastic_launch(config, sys.executable)("-m", module, *words, "--worker", folder)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             return _report(rank, failure.exitcode, log_of(folder, rank), written[rank])

@@ -22,19 +22,19 @@ def run(chosen: argparse.Namespace) -> int:
 
     run = load(chosen.config, chosen.overrides)
     if chosen.worker:
-        ranks.become_worker(run.paths.run)
         return _train(run)
     check(run)
     if not ranks.launched() or ranks.is_first():
+        from megatron_distill.train.environment import write_environment
         from megatron_distill.train.preflight import preflight
 
         for note in preflight(run):
             print(note)
         save(run, run.paths.run / "config.yaml")
+        write_environment(run.paths.run)
     if ranks.launched() or run.parallel.world == 1:
         return _train(run)
-    words = ["-m", "megatron_distill.cli", "train", str(run.paths.run / "config.yaml"), "--worker"]
-    return ranks.start(words, run.parallel.world, run.paths.run)
+    return ranks.start(["train", str(run.paths.run / "config.yaml")], run.parallel.world, run.paths.run)
 
 
 def _train(run: Any) -> int:
