@@ -11,11 +11,14 @@ may run code when read: `to-hf` and `verify` read it from the path that was name
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -24,7 +27,8 @@ from torch import Tensor
 
 from megatron_distill.errors import CheckpointError, ConfigError, DistillError, ModelError
 from megatron_distill.models import checkpoint
-from megatron_distill.models.hf.io import copy_beside, save_folder
+from megatron_distill.models.hf.io import SafetensorsFolder, copy_beside, save_folder
+from megatron_distill.models.hf.stage import check_names
 from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.runtime.mesh import ParallelSizes
@@ -46,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 1 `verify` found a difference, 2 something to put right."""
+    # importing Megatron makes torch say that it found no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         chosen = _parser().parse_args(argv)
         return chosen.run(chosen)
@@ -58,6 +64,7 @@ def to_megatron(chosen: argparse.Namespace) -> int:
     """Write `OUT/model` in the format of training checkpoints, and `OUT/hf` with config.json and tokenizer files."""
     source, out = chosen.hf_folder, chosen.out
     spec = ModelSpec.from_folder(source)
+    check_names(spec, SafetensorsFolder(source))
     _refuse_existing(out, chosen.overwrite)
     with start(_sizes(chosen), _precision(spec)) as runtime:
         network = Network.load(source, runtime)
@@ -83,11 +90,13 @@ def to_hf(chosen: argparse.Namespace) -> int:
     checkpoint.check_model(chosen.checkpoint, spec)
     _refuse_existing(chosen.out, chosen.overwrite)
     with start(_sizes(chosen), Precision()) as runtime:
-        saved = _saved_dtype(chosen.checkpoint)
+        with _reading(chosen.checkpoint):
+            saved = _saved_dtype(chosen.checkpoint)
         if saved == torch.bfloat16:
             runtime = replace(runtime, precision=Precision(dtype="bf16"))
         network = Network.empty(spec, runtime)
-        checkpoint.load_weights(chosen.checkpoint, network)
+        with _reading(chosen.checkpoint):
+            checkpoint.load_weights(chosen.checkpoint, network)
         if runtime.mesh.rank == 0:
             save_folder(
                 chosen.out,
@@ -110,12 +119,14 @@ def verify(chosen: argparse.Namespace) -> int:
     """Print the largest difference of any logit against transformers, both in fp32."""
     folder = chosen.hf_folder
     spec = ModelSpec.from_folder(folder)
+    check_names(spec, SafetensorsFolder(folder))
     with start(ParallelSizes(), Precision()) as runtime:
         if chosen.checkpoint is None:
             network = Network.load(folder, runtime)
         else:
             network = Network.empty(spec, runtime)
-            checkpoint.load_weights(chosen.checkpoint, network)
+            with _reading(chosen.checkpoint):
+                checkpoint.load_weights(chosen.checkpoint, network)
         length = min(PROBE_TOKENS, spec.max_positions)
         generator = torch.Generator().manual_seed(0)
         probes = [torch.randint(spec.vocab_size, (length,), generator=generator) for _ in range(2)]
@@ -158,9 +169,9 @@ def _probe(tokens_T: Tensor) -> MicroBatch:
 @torch.no_grad()
 def _logits_of_transformers(folder: Path, probes: Sequence[Tensor], runtime: Runtime) -> list[Tensor]:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     model = model.to(runtime.backend.device)
     return [model(tokens_T[None].to(runtime.backend.device)).logits[0] for tokens_T in probes]
@@ -238,6 +249,19 @@ def _model_folder(folder: Path) -> Path:
     if run.is_file():
         return Path(yaml.safe_load(run.read_text(encoding="utf-8"))["student"]["model"])
     raise CheckpointError(f"{folder}: neither hf/ in it nor a run's config.yaml two folders up; add --model HF_FOLDER")
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Files that are gone or torn are told in one line."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError, EOFError, UnpicklingError) as error:
+        last = (str(error).strip().splitlines() or [repr(error)])[-1]
+        raise CheckpointError(f"{folder}: incomplete or damaged ({last}); use another checkpoint") from error
 
 
 def _saved_dtype(folder: Path) -> torch.dtype:
