@@ -71,20 +71,20 @@ def phases(seed: int) -> list[Phase]:
     """All commands in order."""
     return [
         Phase("make task", _python("tools.quickstart.task", str(FOLDER), "--seed", str(seed))),
-        *_model("teacher", "teacher", seed),
-        *_model("student", "student_before", seed),
-        *_model("distill", "student_after", seed),
+        *_model("train teacher", "teacher", "teacher", seed),
+        *_model("train student", "student", "student_before", seed),
+        *_model("distill", "distill", "student_after", seed),
         Phase("reload with transformers", _python("tools.quickstart.reload", str(_export("student_after")))),
     ]
 
 
-def _model(config: str, name: str, seed: int) -> list[Phase]:
+def _model(title: str, config: str, name: str, seed: int) -> list[Phase]:
     """Train by configs/quickstart/`config`.yaml, export as `name`, evaluate."""
     path = f"configs/quickstart/{config}.yaml"
     run, output = FOLDER / MODELS[name], FOLDER / "eval" / f"{name}.json"
     shown = name.replace("_", " ")
     return [
-        Phase(f"train {shown}", _distill("train", path, f"train.seed={seed}")),
+        Phase(title, _distill("train", path, f"train.seed={seed}")),
         Phase(f"export {shown}", _python("tools.convert", "to-hf", f"{run}/checkpoints/latest", str(_export(name)))),
         Phase(f"evaluate {shown}", _distill("eval", str(_export(name)), "--config", path, "--output", str(output))),
     ]
@@ -137,10 +137,10 @@ def accuracies() -> tuple[dict[str, float], int]:
 
 def show(summary: Summary, console: Console) -> None:
     """The table at the end, and where to look next."""
-    table = Table("model", "accuracy", title=f"{summary.held_out_problems} held-out problems", title_justify="left")
+    table = Table("model", f"accuracy on {summary.held_out_problems} held-out problems")
     for name, accuracy in summary.accuracy.items():
         table.add_row(name.replace("_", " "), f"{accuracy:.1%}")
-    times = Table("phase", "seconds", title="time", title_justify="left")
+    times = Table("phase", "seconds")
     for name, seconds in summary.seconds.items():
         times.add_row(name, f"{seconds:.0f}", style="bold" if name == "total" else None)
     console.rule("result", align="left")
