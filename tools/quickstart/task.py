@@ -68,7 +68,7 @@ class Shape:
     head_dim: int = 32
 
 
-TEACHER = Shape(hidden=128, layers=3, tied=False)
+TEACHER = Shape(hidden=128, layers=4, tied=False)
 STUDENT = Shape(hidden=96, layers=2, tied=True)
 
 
