@@ -104,8 +104,10 @@ def _show(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("metric", "value", title=f"{report.model}: {report.problems} problems", title_justify="left")
+    table = Table("metric", "value")
     for name, value in report.metrics.items():
         share = not name.endswith(("_mean", "_max"))
         table.add_row(name, f"{value:.1%}" if share else f"{value:.1f}")
-    Console().print(table)
+    console = Console()
+    console.print(f"{report.model}: {report.problems} problems", highlight=False, soft_wrap=True)
+    console.print(table)
