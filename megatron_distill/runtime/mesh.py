@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,24 +50,43 @@ class ParallelSizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """This rank's place in the grid, and Megatron's process groups, passed explicitly to whoever needs one."""
+class Ranks:
+    """All ranks in a row: enough for work that only shares Python objects, without Megatron."""
 
-    sizes: ParallelSizes
     rank: int
-    tp_rank: int
-    pp_rank: int
-    cp_rank: int
-    dp_rank: int
-    groups: Any
-    """Megatron's ProcessGroupCollection."""
     host: ProcessGroup
     """All ranks, over gloo: for small Python objects."""
 
     @property
     def world(self) -> int:
         """Ranks in all."""
-        return self.sizes.world
+        return self.host.size()
+
+    def gather_objects[T](self, value: T) -> list[T]:
+        """Everybody's `value`, by rank, on every rank; small picklable things between our own processes only."""
+        if self.world == 1:
+            return [value]
+        gathered: list[T | None] = [None] * self.world
+        dist.all_gather_object(gathered, value, group=self.host)
+        return gathered  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier(group=self.host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh(Ranks):
+    """This rank's place in the grid, and Megatron's process groups, passed explicitly to whoever needs one."""
+
+    sizes: ParallelSizes
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    dp_rank: int
+    groups: Any
+    """Megatron's ProcessGroupCollection."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -111,25 +129,13 @@ class Mesh:
             dist.broadcast(values, src=dist.get_global_rank(self.groups.pp, self.sizes.pp - 1), group=self.groups.pp)
         return values
 
-    def gather_objects[T](self, value: T) -> list[T]:
-        """Everybody's `value`, by rank, on every rank; small picklable things between our own processes only."""
-        if self.world == 1:
-            return [value]
-        gathered: list[T | None] = [None] * self.world
-        dist.all_gather_object(gathered, value, group=self.host)
-        return gathered  # type: ignore[return-value]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier(group=self.host)
-
-    def one_by_one(self, work: Callable[[], None]) -> None:
-        """Each rank does `work` in turn; for folders that all ranks touch."""
-        for turn in range(self.world):
-            if turn == self.rank:
-                work()
-            self.barrier()
+def all_ranks() -> Ranks:
+    """The ranks of the running world; torch.distributed must be up."""
+    on_gloo = dist.get_backend() == "gloo"
+    host = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo")
+    assert host is not None
+    return Ranks(rank=dist.get_rank(), host=host)
 
 
 def build_mesh(sizes: ParallelSizes, *, timeout_minutes: int) -> Mesh:
@@ -144,18 +150,16 @@ def build_mesh(sizes: ParallelSizes, *, timeout_minutes: int) -> Mesh:
         distributed_timeout_minutes=timeout_minutes,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    on_gloo = dist.get_backend() == "gloo"
-    host = dist.group.WORLD if on_gloo else dist.new_group(backend="gloo")
-    assert host is not None
+    ranks = all_ranks()
     return Mesh(
         sizes=sizes,
-        rank=dist.get_rank(),
+        rank=ranks.rank,
+        host=ranks.host,
         tp_rank=groups.tp.rank(),
         pp_rank=groups.pp.rank(),
         cp_rank=groups.cp.rank(),
         dp_rank=groups.dp.rank(),
         groups=groups,
-        host=host,
     )
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_distill.errors import ConfigError
 from megatron_distill.runtime.backend import Backend, choose
-from megatron_distill.runtime.mesh import Mesh, ParallelSizes, build_mesh, take_down_mesh
+from megatron_distill.runtime.mesh import Mesh, ParallelSizes, Ranks, all_ranks, build_mesh, take_down_mesh
 from megatron_distill.runtime.precision import Precision
 
 TIMEOUT_MINUTES = 30
@@ -69,6 +69,13 @@ def start(parallel: ParallelSizes, precision: Precision, seed: int = 0) -> Itera
             yield Runtime(mesh=mesh, backend=backend, precision=precision, seed=seed)
         finally:
             take_down_mesh()
+
+
+@contextlib.contextmanager
+def start_ranks() -> Iterator[Ranks]:
+    """The launcher's ranks without Megatron, which takes seconds to import."""
+    with _distributed(choose()):
+        yield all_ranks()
 
 
 @contextlib.contextmanager

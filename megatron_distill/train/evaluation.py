@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.rollout.sample import Tools
-from megatron_distill.runtime.start import Runtime, start
+from megatron_distill.runtime.backend import choose
+from megatron_distill.runtime.mesh import Ranks
+from megatron_distill.runtime.start import start, start_ranks
 from megatron_distill.train.preflight import check_evaluation
 
 
@@ -67,26 +69,29 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
     """
     assert run.eval.data is not None
     folder = run.student.model
-    with start(run.parallel, run.precision, run.train.seed) as runtime:
+    with _weights(run, checkpoint) as (ranks, weights):
         tokenizer = load_tokenizer(folder, run.student.trust_remote_code)
         prompts = load_prompts(run.eval.data, tokenizer)
-        engine = EmbeddedSettings().connect(folder, tokenizer, device=runtime.backend.device)
-        engine.load_weights(_weights(folder, checkpoint, runtime), version=0)
+        engine = EmbeddedSettings().connect(folder, tokenizer, device=choose().device)
+        engine.load_weights(weights, version=0)
         with closing(run.reward.connect()) as judge:
-            tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=runtime.mesh)
+            tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=ranks)
             metrics = evaluate(tools, prompts, run.eval, step=0, seed=run.train.seed, folder=responses)
-        if runtime.mesh.rank != 0:
+        if ranks.rank != 0:
             return None
     values = {metric.name: metric.value for metric in metrics}
     return Report(model=checkpoint or folder, problems=len(prompts), metrics=values)
 
 
-def _weights(folder: Path, checkpoint: Path | None, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors by Hugging Face name."""
+@contextmanager
+def _weights(run: RunConfig, checkpoint: Path | None) -> Iterator[tuple[Ranks, Iterator[tuple[str, Tensor]]]]:
+    """The ranks, and whole tensors by Hugging Face name; only a checkpoint needs Megatron to be read."""
     if checkpoint is None:
-        weights = SafetensorsFolder(folder)
-        yield from ((name, weights.read(name)) for name in sorted(weights.names))
+        reader = SafetensorsFolder(run.student.model)
+        with start_ranks() as ranks:
+            yield ranks, ((name, reader.read(name)) for name in sorted(reader.names))
     else:
-        network = Network.empty(ModelSpec.from_folder(folder), runtime)
-        load_weights(checkpoint, network)
-        yield from network.weights()
+        with start(run.parallel, run.precision, run.train.seed) as runtime:
+            network = Network.empty(ModelSpec.from_folder(run.student.model), runtime)
+            load_weights(checkpoint, network)
+            yield runtime.mesh, network.weights()
