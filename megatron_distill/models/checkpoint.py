@@ -58,7 +58,8 @@ def folder_of(run: Path, step: int) -> Path:
 
 def complete(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(mark.parent for mark in run.glob(f"checkpoints/step_*/{COMPLETE}") if mark.parent.suffix == "")
+    found = [mark.parent for mark in run.glob(f"checkpoints/step_*/{COMPLETE}") if mark.parent.suffix == ""]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def latest(run: Path) -> Path | None:
@@ -104,13 +105,7 @@ def save(run: Path, step: int, student: Student, state: Mapping[str, Any], keep:
     save_weights(partial, student.network)
     _save_optimizer(partial, student)
     if mesh.rank == 0:
-        record = {
-            **state,
-            "step": step,
-            "spec": asdict(student.spec),
-            "lr_schedule": student.lr_schedule.state_dict(),
-        }
-        finish(partial, final, record)
+        finish(partial, final, {**state, "step": step, "spec": asdict(student.spec)})
         for old in complete(run)[:-keep]:
             # unmark first: a half-deleted folder must not look complete
             (old / COMPLETE).unlink()
@@ -137,7 +132,9 @@ def load_weights(checkpoint: Path, network: Network) -> None:
 
 
 def load(checkpoint: Path, student: Student) -> dict[str, Any]:
-    """Weights, optimizer and schedule of a checkpoint into a student of any layout; gives `state`; collective.
+    """Weights, optimizer state and place in the schedule into a student of any layout; gives `state`; collective.
+
+    Settings are not a checkpoint's: learning rate, decay, length of the schedule are those the student was built with.
 
     Raises:
         CheckpointError: not complete, or of another model.
@@ -146,17 +143,22 @@ def load(checkpoint: Path, student: Student) -> dict[str, Any]:
     with torch.no_grad():
         asked = _optimizer_state(student, loading=True)
         state = _load(checkpoint / "optimizer", asked, student.network)
+        settings = [_settings(group) for group in student.optimizer.param_groups]
+        for group in state["optimizer"]["optimizer"]["param_groups"]:
+            # Megatron looks a group up by these among others, and finds none where a setting has changed
+            group |= {name: settings[0][name] for name in ("max_lr", "min_lr")}
         with student.network.runtime.backend.megatron():
             student.optimizer.load_state_dict(state["optimizer"])
-            student.optimizer.reload_model_params()
+        for group, ours in zip(student.optimizer.param_groups, settings, strict=True):
+            group.update(ours)
     kept = read_state(checkpoint)
-    student.lr_schedule.load_state_dict(kept["lr_schedule"])
+    student.lr_schedule.step(increment=kept["step"])
     return kept
 
 
 def finish(partial: Path, final: Path, record: Mapping[str, Any]) -> None:
     """Give a written checkpoint its record, its name and its mark, in an order that survives a crash anywhere."""
-    (partial / "state.json").write_text(json.dumps(record, indent=1, default=str))
+    (partial / "state.json").write_text(json.dumps(record, indent=1))
     for written in partial.rglob("*"):
         _flush(written)
     if final.exists():
@@ -169,11 +171,13 @@ def finish(partial: Path, final: Path, record: Mapping[str, Any]) -> None:
 
 
 def _fresh(final: Path, mesh: Mesh) -> Path:
+    """An empty folder to write into; what saves or deletions that were cut off have left goes."""
     partial = final.with_suffix(".partial")
     if mesh.rank == 0:
-        # anything of this name was cut off before it was complete
-        for leftover in (partial, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in final.parent.glob("step_*"):
+            whole = (folder / COMPLETE).is_file() and folder != final and folder.suffix != ".partial"
+            if folder.is_dir() and not whole:
+                shutil.rmtree(folder)
         for part in ("model", "optimizer"):
             (partial / part).mkdir(parents=True)
     mesh.barrier()
@@ -198,6 +202,11 @@ def _optimizer_state(student: Student, loading: bool) -> dict[str, Any]:
     with student.network.runtime.backend.megatron():
         state = student.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=dict(_SHARDING))
     return {"optimizer": state}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a parameter group holds besides its parameters and how far it is."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _save_optimizer(folder: Path, student: Student) -> None:
