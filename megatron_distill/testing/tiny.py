@@ -1,6 +1,8 @@
 """Real but tiny tokenizers and models on disk, as any user's folder would hold them; nothing here is a mock.
 
-Weights are random, and so are norms and biases: a mapping that swaps two norms or drops a bias must show.
+Weights are random, and so are norms and biases: a mapping that swaps two norms or drops a bias must show. So is the
+embedding of the padding token, which `transformers` makes zero: a student that samples it would get a gradient norm
+of hundreds out of the first RMSNorm.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -113,14 +116,16 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-        _shake_norms_and_biases(model)
+        _shake(model)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
 @torch.no_grad()
-def _shake_norms_and_biases(model: torch.nn.Module) -> None:
+def _shake(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             centre = 0.0 if name.endswith("bias") else 1.0
             parameter.copy_(centre + 0.1 * torch.randn_like(parameter))
+    padding = model.get_input_embeddings().weight[model.config.pad_token_id]
+    padding.normal_(std=model.config.initializer_range)
