@@ -7,13 +7,20 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_distill.models import checkpoint
 from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.optimizer import OptimizerSection
+from megatron_distill.models.student import Student, StudentSection
+from megatron_distill.runtime.mesh import ParallelSizes
+from megatron_distill.runtime.precision import Precision
+from megatron_distill.runtime.start import start
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.testing.world import Worlds
 from tools.convert import main
@@ -57,12 +64,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(("tp", "pp", "back_tp"), [(2, 1, 1), (1, 2, 2)])
 def test_there_and_back_at_another_layout(worlds: Worlds, tmp_path: Path, tp: int, pp: int, back_tp: int) -> None:
     folder = tiny_tokenizer(tiny_model(tmp_path / "model", "qwen2", tied=pp == 2, dtype=torch.bfloat16))
-    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
-    forth = worlds(2).run(run, "to-megatron", folder, checkpoint, "--tp", tp, "--pp", pp, init=False)
+    saved, out = tmp_path / "checkpoint", tmp_path / "out"
+    forth = worlds(2).run(run, "to-megatron", folder, saved, "--tp", tp, "--pp", pp, init=False)
     assert [code for code, _ in forth] == [0, 0]
     assert forth[0][1].count("\n") == 1
     assert forth[1][1] == ""
-    back = worlds(back_tp).run(run, "to-hf", checkpoint, out, "--tp", back_tp, "--max-shard-gb", 0.0001, init=False)
+    back = worlds(back_tp).run(run, "to-hf", saved, out, "--tp", back_tp, "--max-shard-gb", 0.0001, init=False)
     assert {code for code, _ in back} == {0}
     assert len(list(out.glob("*.safetensors"))) > 1
     assert_same_weights(folder, out)
@@ -72,24 +79,48 @@ def test_there_and_back_at_another_layout(worlds: Worlds, tmp_path: Path, tp: in
 
 def test_verify_tells_the_same_model_from_another(worlds: Worlds, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "llama")
-    checkpoint, other = tmp_path / "checkpoint", tiny_model(tmp_path / "other", "llama", seed=1)
+    saved, other = tmp_path / "checkpoint", tiny_model(tmp_path / "other", "llama", seed=1)
     alone = worlds(1)
     assert alone.run(run, "verify", folder, init=False)[0][0] == 0
-    assert alone.run(run, "to-megatron", folder, checkpoint, init=False)[0][0] == 0
-    code, said = alone.run(run, "verify", folder, checkpoint, init=False)[0]
+    assert alone.run(run, "to-megatron", folder, saved, init=False)[0][0] == 0
+    code, said = alone.run(run, "verify", folder, saved, init=False)[0]
     assert (code, said.startswith("largest logit difference")) == (0, True)
-    code, said = alone.run(run, "verify", other, checkpoint, init=False)[0]
+    code, said = alone.run(run, "verify", other, saved, init=False)[0]
     assert code == 1
     assert "> 1e-04" in said
 
 
 def test_the_type_of_weights_can_be_chosen(worlds: Worlds, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model", "qwen3")
-    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
-    assert worlds(1).run(run, "to-megatron", folder, checkpoint, init=False)[0][0] == 0
-    assert worlds(1).run(run, "to-hf", checkpoint, out, "--dtype", "bfloat16", init=False)[0][0] == 0
+    saved, out = tmp_path / "checkpoint", tmp_path / "out"
+    assert worlds(1).run(run, "to-megatron", folder, saved, init=False)[0][0] == 0
+    assert worlds(1).run(run, "to-hf", saved, out, "--dtype", "bfloat16", init=False)[0][0] == 0
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(SafetensorsFolder(out).read(name), SafetensorsFolder(folder).read(name).bfloat16())
+
+
+def write_checkpoint(folder: Path, step: Path) -> None:
+    """The model's part of a checkpoint as training writes one, where two replicas share the optimizer state."""
+    with start(ParallelSizes(dp=2), Precision()) as runtime:
+        student = Student.build(StudentSection(model=folder), OptimizerSection(), runtime, steps=1)
+        partial = step.with_suffix(".partial")
+        if runtime.mesh.rank == 0:
+            (partial / "model").mkdir(parents=True)
+        runtime.mesh.barrier()
+        checkpoint.save_weights(partial, student.network)
+        if runtime.mesh.rank == 0:
+            checkpoint.finish(partial, step, {"step": 1, "spec": asdict(student.spec)})
+
+
+def test_a_training_checkpoint_finds_its_own_model_folder(worlds: Worlds, tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tiny_model(tmp_path / "model", "qwen3"))
+    run_folder, out = tmp_path / "run", tmp_path / "out"
+    step = run_folder / "checkpoints" / "step_000001"
+    worlds(2).run(write_checkpoint, folder, step, init=False)
+    (run_folder / "config.yaml").write_text(f"student: {{model: {folder}}}")
+    assert worlds(1).run(run, "to-hf", step, out, init=False)[0][0] == 0
+    assert_same_weights(folder, out)
+    assert (out / "tokenizer.json").exists()
 
 
 def test_neither_direction_holds_a_second_copy(tmp_path: Path) -> None:
@@ -107,7 +138,7 @@ def test_neither_direction_holds_a_second_copy(tmp_path: Path) -> None:
     }
     root = Path(__file__).parents[2]
     for verb, folders in steps.items():
-        words = [sys.executable, script, verb, *folders]
+        words = [str(word) for word in (sys.executable, script, verb, *folders)]
         done = subprocess.run(
             words, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
         )
@@ -119,15 +150,15 @@ def test_neither_direction_holds_a_second_copy(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(worlds: Worlds, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    assert worlds(1).run(run, "to-megatron", tiny_model(tmp_path / "model", "llama"), checkpoint, init=False)[0][0] == 0
-    torn = next((checkpoint / "model").glob("*.distcp"))
+    saved = tmp_path / "checkpoint"
+    assert worlds(1).run(run, "to-megatron", tiny_model(tmp_path / "model", "llama"), saved, init=False)[0][0] == 0
+    torn = next((saved / "model").glob("*.distcp"))
     torn.write_bytes(torn.read_bytes()[:3000])
-    code, said = worlds(1).run(complaint, "to-hf", checkpoint, tmp_path / "out", init=False)[0]
+    code, said = worlds(1).run(complaint, "to-hf", saved, tmp_path / "out", init=False)[0]
     assert code == 2
     assert "incomplete or damaged" in said
-    (checkpoint / "COMPLETE").unlink()
-    code, said = worlds(1).run(complaint, "to-hf", checkpoint, tmp_path / "out", init=False)[0]
+    (saved / "COMPLETE").unlink()
+    code, said = worlds(1).run(complaint, "to-hf", saved, tmp_path / "out", init=False)[0]
     assert code == 2
     assert "no complete checkpoint" in said
 

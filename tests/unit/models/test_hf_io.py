@@ -32,10 +32,10 @@ def in_plan(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield tensor.name, reader.read(tensor.name)
 
 
-def empty_parameters(spec: ModelSpec) -> dict[str, Tensor]:
+def empty_parameters(spec: ModelSpec, te: bool = False) -> dict[str, Tensor]:
     """What a Megatron model on one rank has, vocabulary padded to 512, full of NaN."""
     found = {}
-    for rule in rules(spec):
+    for rule in rules(spec, te):
         if rule.exported:
             found[rule.name] = rule.pad(
                 rule.merge([torch.empty(shape) for shape in rule.shapes]), 512 if rule.vocabulary else None
@@ -128,11 +128,12 @@ def test_a_torn_file_is_named(folder: Path) -> None:
         SafetensorsFolder(folder)
 
 
+@pytest.mark.parametrize("te", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_loading_fills_every_parameter(tmp_path: Path, tied: bool) -> None:
+def test_loading_fills_every_parameter(tmp_path: Path, tied: bool, te: bool) -> None:
     folder = tiny_model(tmp_path / "model", "qwen2", hidden=16, tied=tied)
     spec = ModelSpec.from_folder(folder)
-    parameters = empty_parameters(spec)
+    parameters = empty_parameters(spec, te)
     load_stage(parameters, spec, SafetensorsFolder(folder))
     assert not any(tensor.isnan().any() for tensor in parameters.values())
     embedding = parameters["embedding.word_embeddings.weight"]
