@@ -29,8 +29,9 @@ infinite divergence between models that exclude different ids into a large finit
 
 
 def logprob(shard: VocabShard, ids_R: Tensor) -> Tensor:
-    """log q(id) of one global id per row: [R]. Every id must lie in the partition; -100 and its like do not."""
-    return _Scores.apply(shard.logits_Rv, shard.partition, ids_R, False)[0]
+    """log q(id) of one global id per row: [R]. An id that is none (-100, padding) has -inf, and no gradient."""
+    logp_R, _ = _Scores.apply(shard.logits_Rv, shard.partition, ids_R, False)
+    return _without_unknown(logp_R, ids_R, shard.partition)
 
 
 def entropy(shard: VocabShard) -> Tensor:
@@ -40,7 +41,8 @@ def entropy(shard: VocabShard) -> Tensor:
 
 def logprob_and_entropy(shard: VocabShard, ids_R: Tensor) -> tuple[Tensor, Tensor]:
     """Both from one pass: ([R], [R])."""
-    return _Scores.apply(shard.logits_Rv, shard.partition, ids_R, True)
+    logp_R, entropy_R = _Scores.apply(shard.logits_Rv, shard.partition, ids_R, True)
+    return _without_unknown(logp_R, ids_R, shard.partition), entropy_R
 
 
 @torch.no_grad()
@@ -56,7 +58,8 @@ def top_k(shard: VocabShard, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= partition.valid:
         raise ValueError(f"k={k}: must be between 1 and the vocabulary size {partition.valid}")
     ids_Rk = _lowest_top_k(logits_Rv, min(k, partition.width))
-    max_R = logits_Rv.amax(-1)
+    # Finite on a rank of nothing but padding too: -inf minus -inf is not a number.
+    max_R = logits_Rv.amax(-1).clamp_(min=torch.finfo(logits_Rv.dtype).min)
     sum_R = shifted_by(logits_Rv, max_R).exp_().sum(-1)
     # fp64 holds an id and an fp32 logit exactly, so one message carries both.
     parts = [logits_Rv.gather(-1, ids_Rk), ids_Rk + partition.start, max_R[:, None], sum_R[:, None]]
@@ -86,6 +89,14 @@ def maxima(group: ProcessGroup | None, *logits: Tensor) -> Sequence[Tensor]:
 def shifted_by(logits_Rv: Tensor, max_R: Tensor) -> Tensor:
     """A fresh copy of the logits minus their row's maximum, not below `LOWEST`: exp of it never overflows."""
     return (logits_Rv - max_R[:, None]).clamp_(min=LOWEST)
+
+
+def _without_unknown(logp_R: Tensor, ids_R: Tensor, partition: VocabPartition) -> Tensor:
+    """-inf where the id is none: no rank holds its logit, and a believable number would go unnoticed.
+
+    Nothing is read back from the device: the infinite loss stops the step.
+    """
+    return logp_R.masked_fill((ids_R < 0) | (ids_R >= partition.valid), float("-inf"))
 
 
 class _Scores(Function):

@@ -170,6 +170,28 @@ def test_ids_far_down_or_excluded_give_finite_loss_and_gradient(worlds: Worlds, 
         assert not [case for case, fine in finite.items() if not fine]
 
 
+def _unknown_ids() -> tuple[list[float], list[float], float]:
+    """Log-probs of ids that are none beside one that is; largest gradient of their rows, and of the last row."""
+    partition = _partition(valid=50, padded=64)
+    ids_R = torch.tensor([-100, -1, 50, 63, 64, 200, 49])
+    logits = torch.randn(ROWS, partition.width, requires_grad=True)
+    logp_R = vocab.logprob(VocabShard.of(logits, partition), ids_R)
+    logp_R.sum().backward()
+    assert logits.grad is not None
+    both_R, entropy_R = vocab.logprob_and_entropy(VocabShard.of(logits.detach(), partition), ids_R)
+    assert torch.equal(both_R, logp_R)
+    assert entropy_R.isfinite().all()
+    return logp_R.tolist(), logits.grad[:-1].abs().amax(-1).tolist(), logits.grad[-1].abs().max().item()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_id_that_is_none_has_no_probability_and_no_gradient(worlds: Worlds, ranks: int) -> None:
+    for logp, gradients, of_known in worlds(ranks).run(_unknown_ids):
+        assert logp[:-1] == [float("-inf")] * 6
+        assert gradients == [0.0] * 6
+        assert -100 < logp[-1] < 0 < of_known
+
+
 def _nan_logits() -> list[bool]:
     partition = _partition(valid=50, padded=64)
     student = torch.randn(ROWS, partition.width)
@@ -276,9 +298,12 @@ def _top_k_case(k: int, ties: bool, valid: int, padded: int) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("k", [1, 5, 40, 50])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_top_k_is_exact_and_the_lowest_id_wins_a_tie(worlds: Worlds, ranks: int, k: int, ties: bool) -> None:
-    for ids, logp, logits in worlds(ranks).run(_top_k_case, k, ties, 50, 64):
+@pytest.mark.parametrize(("ranks", "padded"), [(1, 64), (2, 64), (4, 64), (4, 128)])
+def test_top_k_is_exact_and_the_lowest_id_wins_a_tie(
+    worlds: Worlds, ranks: int, padded: int, k: int, ties: bool
+) -> None:
+    """Over 128 columns the last two of four ranks hold nothing but padding."""
+    for ids, logp, logits in worlds(ranks).run(_top_k_case, k, ties, 50, padded):
         expected = logits.argsort(dim=-1, descending=True, stable=True)[:, :k]
         assert torch.equal(ids, expected)
         torch.testing.assert_close(logp, logits.double().log_softmax(-1).gather(-1, expected).float())
