@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +22,10 @@ from megatron_distill.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(\D|$))")
+"""The comma of 1,234; that of 1, 2 or (3,4) belongs to the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +173,7 @@ def _gold(row: Row, section: DataSection) -> str | None:
             f"{row.where}: {section.answer_key!r} holds no {section.answer_after!r} (data.answer_after); "
             f"it ends in {_short(str(given)[-40:])}"
         )
-    return after.strip().replace(",", "")
+    return THOUSANDS.sub("", after.strip())
 
 
 def _as_text(value: Any) -> str:

@@ -107,7 +107,7 @@ class Network:
         if sizes.cp > 1:
             everyone = torch.cat([zigzag_rows(context.cu_seqlens, sizes.cp, rank) for rank in range(sizes.cp)])
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=groups.cp)
-            rows = torch.argsort(everyone)[rows]
+            rows = torch.argsort(everyone).to(rows.device)[rows]
         hidden_RH = hidden_states.squeeze(1)[rows.to(hidden_states.device)]
         if not sizes.sequence_parallel:
             hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=groups.tp)
