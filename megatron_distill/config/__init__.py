@@ -5,7 +5,7 @@ Importing this imports torch, and neither Megatron nor an engine: a config is ch
 
 from megatron_distill.config.reference import reference, schema
 from megatron_distill.config.rules import check, model_folders
-from megatron_distill.config.run import RunConfig, dump, load, save
+from megatron_distill.config.run import RunConfig, dump, load, save, tree
 from megatron_distill.config.sections import MetricsSection, PathsSection, TrainSection
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "reference",
     "save",
     "schema",
+    "tree",
 ]

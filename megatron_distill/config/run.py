@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -75,9 +76,14 @@ def load(config: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return read(RunConfig, PARTS, compose(config, overrides))
 
 
+def tree(run: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, defaults included."""
+    return write(run, PARTS)
+
+
 def dump(run: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back to an equal run."""
-    return yaml.safe_dump(write(run, PARTS), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(tree(run), sort_keys=False, allow_unicode=True)
 
 
 def save(run: RunConfig, path: Path) -> None:

@@ -70,7 +70,7 @@ def render(
             return_dict=False,
             **switches,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         roles = ", ".join(message.get("role", "?") for message in messages)
         raise DataError(f"the chat template refuses messages with roles {roles}: {error}") from error
     return tuple(ids)
@@ -80,16 +80,43 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, ...
     """Ids that end a response: the tokenizer's end of sequence and those of generation_config.json.
 
     Raises:
-        ModelError: neither names one.
+        ModelError: neither names one, or generation_config.json is broken.
     """
     found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     generation = Path(folder) / "generation_config.json"
     if generation.is_file():
-        named = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        found |= {named} if isinstance(named, int) else set(named or ())
+        found |= _named_ends(generation)
     if not found:
-        raise ModelError(f"{folder}: no end-of-sequence token; name eos_token in tokenizer_config.json")
+        raise _no_end(folder)
     return tuple(sorted(found))
+
+
+def end_of_sequence(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends what is written for the student to learn from.
+
+    Raises:
+        ModelError: the tokenizer names none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise _no_end(tokenizer.name_or_path)
+    return tokenizer.eos_token_id
+
+
+def _no_end(folder: str | Path) -> ModelError:
+    return ModelError(f"{folder}: no end-of-sequence token; name eos_token in tokenizer_config.json")
+
+
+def _named_ends(file: Path) -> set[int]:
+    """`eos_token_id` of a generation_config.json: one id, several, or none."""
+    try:
+        settings = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON: {error}; copy it again, or take it away") from error
+    named = settings.get("eos_token_id") if isinstance(settings, dict) else settings
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    if not isinstance(settings, dict) or not all(type(one) is int for one in ids):
+        raise ModelError(f"{file}: eos_token_id must be an id or a list of ids, is {named!r}")
+    return set(ids)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

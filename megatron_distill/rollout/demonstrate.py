@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_distill.data.templates import end_of_sequence
 from megatron_distill.errors import DataError
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
 
@@ -25,12 +27,19 @@ def check_solutions(prompts: list[Prompt]) -> None:
         )
 
 
+def solution_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[int]:
+    """How many tokens `demonstrate` would make of each prompt's solution."""
+    texts = [prompt.hints["solution"] for prompt in prompts]
+    cut = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [min(len(tokens) + 1, max_tokens) for tokens in cut]
+
+
 def demonstrate(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, group: str, version: int, max_tokens: int
 ) -> Scored:
     """The solution and an end of sequence; one over `max_tokens` is cut and has none, as a cut rollout has none."""
     text = prompt.hints["solution"]
-    tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], end_of_sequence(tokenizer))
     whole = len(tokens) <= max_tokens
     tokens = tokens[:max_tokens]
     return Scored(

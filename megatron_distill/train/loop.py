@@ -11,7 +11,6 @@ from megatron_distill.config import RunConfig
 from megatron_distill.data.packing import pack
 from megatron_distill.data.prompts import load_prompts
 from megatron_distill.models import checkpoint
-from megatron_distill.models.spec import ModelSpec
 from megatron_distill.models.student import Student
 from megatron_distill.objectives.base import Scope, State
 from megatron_distill.rollout.sources.base import Source, Surroundings
@@ -20,7 +19,7 @@ from megatron_distill.teachers.base import Teacher
 from megatron_distill.train.describe import describe_rollouts, describe_step
 from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Clock, Metrics
-from megatron_distill.train.preflight import student_tokenizer
+from megatron_distill.train.preflight import shared_vocab, student_tokenizer
 from megatron_distill.train.step import Signals, bind, token_stats
 from megatron_distill.types import Batch, Metric, Scored
 
@@ -108,12 +107,6 @@ def connect(run: RunConfig, runtime: Runtime) -> Iterator[Parts]:
         if held_out is not None:
             stack.enter_context(closing(held_out))
         yield Parts(runtime=runtime, student=student, teachers=teachers, source=source, held_out=held_out)
-
-
-def shared_vocab(run: RunConfig) -> int:
-    """Ids that the student and all teachers know: no other id gets probability anywhere in the run."""
-    folders = [run.student.model, *(part.folder for part in run.teachers.values() if part.folder is not None)]
-    return min(ModelSpec.from_folder(folder).vocab_size for folder in folders)
 
 
 def surroundings(

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from megatron_distill.config import RunConfig, model_folders
 from megatron_distill.data.prompts import Prompts, load_prompts
-from megatron_distill.data.templates import compare, load_tokenizer
-from megatron_distill.data.traces import read_traces
-from megatron_distill.errors import DataError, DistillError
-from megatron_distill.models.checkpoint import check_model, latest
+from megatron_distill.data.templates import compare, end_of_sequence, load_tokenizer, stop_ids
+from megatron_distill.errors import DataError, DistillError, ModelError
 from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.rollout.demonstrate import check_solutions
+from megatron_distill.rollout.demonstrate import check_solutions, solution_lengths
 from megatron_distill.rollout.sample import check_answers
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
-from megatron_distill.rollout.sources.replay import Replay
+from megatron_distill.rollout.sources.replay import Replay, Traces
+from megatron_distill.train.resume import check_checkpoint, steps_done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def preflight(run: RunConfig) -> list[str]:
     """
     wrong: list[str] = []
     notes: list[str] = []
-    for checks in (check_weights, check_teachers, check_prompts, check_evaluation, check_checkpoint):
+    for checks in (check_weights, check_teachers, check_vocabulary, check_prompts, check_evaluation, check_checkpoint):
         try:
             notes += checks(run)
         except DistillError as error:
@@ -44,9 +44,9 @@ def preflight(run: RunConfig) -> list[str]:
 
 
 def check_weights(run: RunConfig) -> list[str]:
-    """Every model folder holds safetensors."""
+    """Every model folder holds safetensors, and those that its config.json asks for."""
     for _, folder in model_folders(run):
-        SafetensorsFolder(folder)
+        check_folder(ModelSpec.from_folder(folder), SafetensorsFolder(folder))
     return []
 
 
@@ -61,16 +61,35 @@ def check_teachers(run: RunConfig) -> list[str]:
     return []
 
 
+def check_vocabulary(run: RunConfig) -> list[str]:
+    """Every id of the tokenizer has a row in every model; models may have more rows, and many do."""
+    tokenizer = student_tokenizer(run)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    for place, folder in model_folders(run):
+        rows = ModelSpec.from_folder(folder).vocab_size
+        if largest >= rows:
+            raise ModelError(
+                f"{run.student.model}: the tokenizer's id {largest} ({token!r}) is outside the vocabulary of {place}, "
+                f"which has ids below {rows}; take the tokenizer that the model was made with, or resize its embedding"
+            )
+    return []
+
+
 def check_prompts(run: RunConfig) -> list[str]:
     """The data loads, is not empty, fits the models, and has what the source of rollouts reads."""
-    source, prompts = run.rollout, load_prompts(run.data, student_tokenizer(run))
+    source, tokenizer = run.rollout, student_tokenizer(run)
+    prompts = load_prompts(run.data, tokenizer)
     if isinstance(source, Generate):
+        stop_ids(tokenizer, run.student.model)
         check_answers(run.reward, prompts.items)
         check_lengths(run, prompts, source.sampling.max_new_tokens, "rollout.sampling.max_new_tokens")
     if isinstance(source, Demonstrations) or (isinstance(source, Generate) and source.on_policy_fraction < 1):
+        end_of_sequence(tokenizer)
         check_solutions(list(prompts))
+    if isinstance(source, Demonstrations):
+        check_demonstrations(run, source, prompts, tokenizer)
     if isinstance(source, Replay):
-        read_traces(source.path)
+        check_replay(run, source)
     return [f"data: {_counted(prompts)}"]
 
 
@@ -91,27 +110,64 @@ def check_lengths(run: RunConfig, prompts: Prompts, new_tokens: int, setting: st
         DataError: they are not.
     """
     longest = max(len(prompt.tokens) for prompt in prompts)
-    for place, folder in model_folders(run):
-        positions = ModelSpec.from_folder(folder).max_positions
-        if longest + new_tokens > positions:
-            raise DataError(
-                f"{setting}={new_tokens}: with the longest prompt ({longest} tokens) more than the {positions} "
-                f"positions of {place}: set it to {max(positions - longest, 0)} or less, or lower max_prompt_tokens"
-            )
+    place, positions = _fewest_positions(run)
+    if longest + new_tokens > positions:
+        raise DataError(
+            f"{setting}={new_tokens}: with the longest prompt ({longest} tokens) more than the {positions} "
+            f"positions of {place}: set it to {max(positions - longest, 0)} or less, or lower max_prompt_tokens"
+        )
 
 
-def check_checkpoint(run: RunConfig) -> list[str]:
-    """What the run folder holds can be gone on from with this student."""
-    checkpoint = latest(run.paths.run)
-    if checkpoint is None:
-        return []
-    check_model(checkpoint, ModelSpec.from_folder(run.student.model))
-    return [f"going on from {checkpoint}"]
+def check_demonstrations(
+    run: RunConfig, source: Demonstrations, prompts: Prompts, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Prompts and solutions are within what every model was made for; solutions are cut into ids only if in doubt.
+
+    Raises:
+        DataError: they are not.
+    """
+    place, positions = _fewest_positions(run)
+    most, asked = source.max_response_tokens, [len(prompt.tokens) for prompt in prompts]
+    if max(asked) + most <= positions:
+        return
+    solved = solution_lengths(tokenizer, prompts.items, most)
+    whole, index = max((both, index) for index, both in enumerate(map(sum, zip(asked, solved, strict=True))))
+    worst = prompts.items[index].id
+    if whole > positions:
+        raise DataError(
+            f"rollout.max_response_tokens={most}: prompt {worst} and its solution are {whole} tokens, "
+            f"more than the {positions} positions of {place}: set it to {max(positions - max(asked), 0)} or less, or "
+            "lower max_prompt_tokens"
+        )
+
+
+def check_replay(run: RunConfig, source: Replay) -> None:
+    """Recorded rollouts: every step that is still to be done, ids that all models have, lengths that they can read.
+
+    Raises:
+        DataError: something is missing or does not fit.
+    """
+    traces = Traces.read(source.path)
+    traces.check_steps(range(steps_done(run), run.train.steps))
+    traces.check_ids(shared_vocab(run))
+    place, positions = _fewest_positions(run)
+    traces.check_lengths(positions, place)
+
+
+def shared_vocab(run: RunConfig) -> int:
+    """Ids that the student and all teachers know: no other id gets probability anywhere in the run."""
+    return min(ModelSpec.from_folder(folder).vocab_size for _, folder in model_folders(run))
 
 
 def student_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the run."""
     return load_tokenizer(run.student.model, run.student.trust_remote_code)
+
+
+def _fewest_positions(run: RunConfig) -> tuple[str, int]:
+    """The model that was made for the shortest sequences, and their length."""
+    positions = {place: ModelSpec.from_folder(folder).max_positions for place, folder in model_folders(run)}
+    return min(positions.items(), key=lambda item: item[1])
 
 
 def _counted(prompts: Prompts) -> str:

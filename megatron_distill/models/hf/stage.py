@@ -76,8 +76,7 @@ def _fill(parameter: Tensor, rule: Rule, reader: SafetensorsFolder, tp_rank: int
     rows = parameter.shape[0] if rule.vocabulary else None
     parts = []
     for index, (name, shape) in enumerate(zip(rule.hf, rule.shapes, strict=True)):
-        if (found := reader.shape(name)) != shape:
-            raise ModelError(f"{reader.file(name)}: {name} is {found}, the config says {shape}; files do not match")
+        _check_shape(name, shape, reader)
         if rule.dim is None:
             parts.append(reader.read(name))
         else:
@@ -88,6 +87,23 @@ def _fill(parameter: Tensor, rule: Rule, reader: SafetensorsFolder, tp_rank: int
     assert parameter[:real].shape == shard.shape, (rule.name, parameter.shape, shard.shape)
     parameter[:real].copy_(shard)
     parameter[real:].zero_()
+
+
+def check_folder(spec: ModelSpec, reader: SafetensorsFolder) -> None:
+    """Hold the folder's names and shapes against the architecture's; reads headers, not weights.
+
+    Raises:
+        ModelError: a tensor is missing, has no place, or has another shape.
+    """
+    check_names(spec, reader)
+    for rule in rules(spec):
+        for name, shape in zip(rule.hf, rule.shapes, strict=True):
+            _check_shape(name, shape, reader)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], reader: SafetensorsFolder) -> None:
+    if (found := reader.shape(name)) != shape:
+        raise ModelError(f"{reader.file(name)}: {name} is {found}, the config says {shape}; files do not match")
 
 
 def check_names(spec: ModelSpec, reader: SafetensorsFolder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -28,15 +28,67 @@ class Replay(SourcePart):
         Raises:
             DataError: no traces, a broken line, or ids that the student does not have.
         """
-        steps = read_traces(self.path)
-        for step, scored in steps.items():
+        traces = Traces.read(self.path)
+        traces.check_ids(surroundings.valid_vocab)
+        return Replaying(traces)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traces:
+    """What was recorded, by step."""
+
+    path: Path
+    steps: Mapping[int, list[Scored]]
+
+    @staticmethod
+    def read(path: Path) -> Traces:
+        """All of it.
+
+        Raises:
+            DataError: nothing there, or a broken line.
+        """
+        return Traces(path=path, steps=read_traces(path))
+
+    def check_steps(self, wanted: Iterable[int]) -> None:
+        """That every wanted step is there.
+
+        Raises:
+            DataError: the first one that is not.
+        """
+        missing = next((step for step in wanted if step not in self.steps), None)
+        if missing is not None:
+            raise DataError(
+                f"{self.path}: no rollouts of step {missing}; it holds steps {min(self.steps)} to {max(self.steps)}, "
+                "counting from 0: lower train.steps, or replay a longer run"
+            )
+
+    def check_ids(self, valid_vocab: int) -> None:
+        """That all ids are below `valid_vocab`.
+
+        Raises:
+            DataError: one is not.
+        """
+        for step, scored in self.steps.items():
             largest = max(max(one.rollout.tokens + one.rollout.prompt.tokens) for one in scored)
-            if largest >= surroundings.valid_vocab:
+            if largest >= valid_vocab:
                 raise DataError(
-                    f"{self.path}: step {step} holds token id {largest}, the student has {surroundings.valid_vocab}; "
-                    "the traces were written with another tokenizer"
+                    f"{self.path}: step {step} holds token id {largest}, the run's models share the ids "
+                    f"below {valid_vocab}; the traces were written with another tokenizer"
                 )
-        return Replaying(self.path, steps)
+
+    def check_lengths(self, positions: int, place: str) -> None:
+        """That no prompt with its response is longer than the `positions` of the model at `place`.
+
+        Raises:
+            DataError: one is.
+        """
+        for step, scored in self.steps.items():
+            longest = max(len(one.rollout.prompt.tokens) + len(one.rollout.tokens) for one in scored)
+            if longest > positions:
+                raise DataError(
+                    f"{self.path}: step {step} holds a prompt and response of {longest} tokens, more than the "
+                    f"{positions} positions of {place}: replay what was recorded for models of this length"
+                )
 
 
 class Replaying:
@@ -44,9 +96,8 @@ class Replaying:
 
     engine = None
 
-    def __init__(self, path: Path, steps: Mapping[int, list[Scored]]) -> None:
-        self._path = path
-        self._steps = steps
+    def __init__(self, traces: Traces) -> None:
+        self._traces = traces
 
     def next(self, step: int) -> list[Scored]:
         """What was recorded for `step`.
@@ -54,11 +105,8 @@ class Replaying:
         Raises:
             DataError: nothing was.
         """
-        if step not in self._steps:
-            raise DataError(
-                f"{self._path}: no rollouts of step {step}; it holds steps {min(self._steps)} to {max(self._steps)}"
-            )
-        return self._steps[step]
+        self._traces.check_steps([step])
+        return self._traces.steps[step]
 
     def publish(self, student: HoldsWeights, version: int) -> None:
         """Nobody writes."""

@@ -168,7 +168,7 @@ def test_replay_gives_back_what_was_recorded(folder: Path, tmp_path: Path) -> No
     assert source.next(1) == recorded[1]
     with pytest.raises(DataError, match="no rollouts of step 2; it holds steps 0 to 1"):
         source.next(2)
-    with pytest.raises(DataError, match=r"token id .* the student has 10; .* another tokenizer"):
+    with pytest.raises(DataError, match=r"token id .* ids below 10; .* another tokenizer"):
         Replay(path=tmp_path / "traces").connect(surroundings(folder, tmp_path, valid_vocab=10))
 
 

@@ -6,9 +6,11 @@ import shutil
 import pytest
 
 from megatron_distill.config import load
+from megatron_distill.data.traces import write_traces
 from megatron_distill.errors import DistillError
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.train.preflight import preflight
+from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +80,83 @@ def test_demonstrations_need_solutions(config):
     sft = ("objective={kind: sft}", "teachers.big=null", "rollout={kind: demonstrations}")
     assert "solution" in complaint(config(*sft))
     assert preflight(config(*sft, "data.solution_key=answer"))
+
+
+SFT = ("objective={kind: sft}", "teachers.big=null", "data.solution_key=answer")
+
+
+def test_solutions_that_no_model_was_made_for_are_refused(config, tmp_path):
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1 + 1?", "answer": "2" * 600}) + "\n")
+    line = complaint(config(*SFT, "rollout={kind: demonstrations}"))
+    assert line.startswith("rollout.max_response_tokens=4096: prompt ")
+    assert "more than the 512 positions of student.model: set it to 4" in line
+    assert preflight(config(*SFT, "rollout={kind: demonstrations, max_response_tokens: 400}"))
+
+
+@pytest.mark.parametrize("rollout", ["rollout={kind: demonstrations}", "rollout={kind: generate}"])
+def test_a_tokenizer_without_an_end_is_refused(config, student, tmp_path, rollout):
+    shutil.copytree(student, tmp_path / "endless")
+    settings = json.loads((tmp_path / "endless" / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "endless" / "generation_config.json").unlink(missing_ok=True)
+    line = complaint(config(*SFT, rollout, f"student.model={tmp_path / 'endless'}"))
+    assert line.endswith("endless: no end-of-sequence token; name eos_token in tokenizer_config.json")
+
+
+def test_ids_that_a_model_lacks_are_refused(config, student, tmp_path):
+    tiny_model(tmp_path / "teacher", "qwen3", hidden=32, vocab_size=200)
+    line = complaint(config())
+    assert line.startswith(f"{student}: the tokenizer's id 258 (")
+    assert "is outside the vocabulary of teachers.big.model, which has ids below 200" in line
+    tiny_model(tmp_path / "teacher", "qwen3", hidden=32, vocab_size=300)
+    assert preflight(config())
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(config, tmp_path):
+    settings = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    for change, told in (
+        ({"intermediate_size": 48}, "mlp.gate_proj.weight is (64, 32), the config says (48, 32)"),
+        ({"num_hidden_layers": 3}, "tensors missing, first model.layers.2."),
+    ):
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(settings | change))
+        assert told in complaint(config())
+
+
+def recorded(folder, *, steps=1, tokens=(5, 2)):
+    prompt = Prompt(id="a", messages=(), tokens=(1, 4))
+    rollout = Rollout(
+        prompt=prompt,
+        group="0",
+        sample=0,
+        tokens=tokens,
+        logprobs=None,
+        origin=(Origin.STUDENT,) * len(tokens),
+        stop=Stop.EOS,
+        version=0,
+    )
+    for step in range(steps):
+        write_traces(folder, step, [Scored(rollout=rollout, reward=None)])
+    return f"rollout={{kind: replay, path: {folder}}}"
+
+
+def test_recorded_rollouts_must_last_for_all_steps(config, tmp_path):
+    replay = recorded(tmp_path / "traces", steps=3)
+    assert preflight(config(replay, "train.steps=3"))
+    line = complaint(config(replay, "train.steps=4"))
+    assert line.startswith(f"{tmp_path / 'traces'}: no rollouts of step 3; it holds steps 0 to 2")
+
+
+def test_recorded_rollouts_must_fit_the_models(config, tmp_path):
+    other = recorded(tmp_path / "other", tokens=(700, 2))
+    assert "step 0 holds token id 700, the run's models share the ids below 259" in complaint(
+        config(other, "train.steps=1")
+    )
+    long = recorded(tmp_path / "long", tokens=(5,) * 511)
+    assert "step 0 holds a prompt and response of 513 tokens, more than the 512 positions" in complaint(
+        config(long, "train.steps=1")
+    )
 
 
 def test_held_out_prompts_are_looked_at_too(config, tmp_path):
