@@ -6,13 +6,13 @@ A step's file appears whole or not at all, and a resumed run that comes to a ste
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_distill.data.rows import Row, json_lines
 from megatron_distill.errors import DataError
+from megatron_distill.files import write_atomically
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
 
 
@@ -24,14 +24,7 @@ def trace_file(folder: Path, step: int) -> Path:
 def write_traces(folder: Path, step: int, scored: Iterable[Scored]) -> Path:
     """Write all rollouts of a step; atomic, call it on one rank."""
     final = trace_file(folder, step)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for one in scored:
-            file.write(json.dumps(_record(one, step), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(final)
+    write_atomically(final, (json.dumps(_record(one, step), ensure_ascii=False) + "\n" for one in scored))
     return final
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_distill.data.prompts import DataSection, Prompts
+from megatron_distill.files import write_atomically
 from megatron_distill.rollout.base import Sampling
 from megatron_distill.rollout.sample import Tools, Wanted, sample
 from megatron_distill.types import Metric, Scored, Stop
@@ -65,7 +65,8 @@ def evaluate(
     scored = sample(tools, wanted)
     groups = [scored[first : first + section.samples] for first in range(0, len(scored), section.samples)]
     if folder is not None and tools.ranks.rank == 0:
-        _write(folder / f"step_{step:06d}.jsonl", scored)
+        lines = (json.dumps(_record(one), ensure_ascii=False) + "\n" for one in scored)
+        write_atomically(folder / f"step_{step:06d}.jsonl", lines)
     return summary(groups, section)
 
 
@@ -98,18 +99,6 @@ def pass_at(tries: int, right: int, k: int) -> float:
 
 def _tries(group: Sequence[Scored]) -> list[bool]:
     return [one.reward >= 1.0 for one in group if one.reward is not None]
-
-
-def _write(path: Path, scored: Sequence[Scored]) -> None:
-    """One line per response; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for one in scored:
-            file.write(json.dumps(_record(one), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _record(one: Scored) -> dict[str, object]:

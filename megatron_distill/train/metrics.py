@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from megatron_distill.config import MetricsSection
+from megatron_distill.files import write_atomically
 from megatron_distill.types import Metric
 
 FILE = "metrics.jsonl"
@@ -120,7 +120,7 @@ class Lines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # one write of one line, handed to the system at once: a killed process loses at most the line it was writing
-        line: dict[str, Any] = {"step": step} | {name: _jsonable(value) for name, value in values.items()}
+        line: dict[str, Any] = {"step": step} | {name: jsonable(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -150,16 +150,11 @@ def cut(path: Path, done: int) -> None:
     """Drop the lines of steps after `done`, and a half line at the end, in one atomic replacement."""
     if not path.is_file():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= done]
-    if len(kept) == len(lines):
-        return
-    beside = path.with_suffix(".partial")
-    with beside.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = list(file)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    if len(kept) < len(lines):
+        write_atomically(path, kept)
 
 
 def comparable(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +169,7 @@ def _pool(pool: dict[str, Metric], metrics: Iterable[Metric]) -> None:
         pool[metric.name] = both
 
 
-def _jsonable(value: float) -> float | str:
+def jsonable(value: float) -> float | str:
     """JSON has no NaN and no infinities; written as text they can still be read by `float`."""
     if math.isfinite(value):
         return value

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_distill"
 
 FLOORS = [
-    {"types", "errors", "plugins"},
+    {"types", "errors", "plugins", "files"},
     {"runtime"},
     {"losses"},
     {"data", "rewards", "models"},

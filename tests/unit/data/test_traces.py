@@ -50,7 +50,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 def test_half_written_step_of_a_killed_run_is_not_read(tmp_path: Path) -> None:
     write_traces(tmp_path, 3, STEP)
-    (tmp_path / "step_000004.partial").write_text('{"step": 4, "tok')
+    (tmp_path / "step_000004.jsonl.partial").write_text('{"step": 4, "tok')
     assert list(read_traces(tmp_path)) == [3]
     write_traces(tmp_path, 4, STEP)
     assert list(read_traces(tmp_path)) == [3, 4]
