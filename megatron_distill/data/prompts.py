@@ -117,10 +117,10 @@ def _prompt(row: Row, index: int, section: DataSection, tokenizer: PreTrainedTok
     messages, solution = _conversation(row, section)
     if section.solution_key is not None:
         solution = _text(row, section.solution_key, "solution_key")
-    digest = hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()
     try:
+        digest = hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()
         tokens = render(tokenizer, messages, thinking=section.thinking)
-    except DataError as error:
+    except (DataError, UnicodeEncodeError) as error:
         raise DataError(f"{row.where}: {error}") from error
     return Prompt(
         id=f"{index}-{digest[:12]}",

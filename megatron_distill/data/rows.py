@@ -53,7 +53,8 @@ def json_lines(path: Path) -> Iterator[Row]:
     """Rows of a JSON Lines file; blank lines are passed over.
 
     Raises:
-        DataError: a line that is not UTF-8 or not one JSON object, with its number.
+        DataError: a line that is not UTF-8, not one JSON object, or holds text or numbers that cannot be kept, with
+            its number.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -62,10 +63,18 @@ def json_lines(path: Path) -> Iterator[Row]:
             where = f"{path}:{number}"
             try:
                 values = json.loads(line)
+                if b"\\u" in line:
+                    # a half of a surrogate pair can be escaped in JSON, but is no character
+                    json.dumps(values, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise DataError(f"{where}: {half!r} is half a character; write whole ones, or both halves") from error
             except UnicodeDecodeError as error:
                 raise DataError(f"{where}: not UTF-8 at byte {error.start + 1} of the line") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not valid JSON at column {error.colno}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not usable JSON: {error}") from error
             if not isinstance(values, dict):
                 raise DataError(f"{where}: one JSON object per line is expected, got a {type(values).__name__}")
             yield Row(where, values)

@@ -76,6 +76,17 @@ def test_gold_answers_of_other_types(
     assert load_prompts(DataSection(prompts=path), tokenizer)[0].answer == gold
 
 
+@pytest.mark.parametrize(
+    ("given", "gold"),
+    [("1,234,567", "1234567"), ("1, 2", "1, 2"), ("(3,4)", "(3,4)"), ("x,y", "x,y")],
+)
+def test_only_thousands_commas_leave_a_gold_answer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, given: str, gold: str
+) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"question": "?", "answer": f"#### {given}"}])
+    assert load_prompts(DataSection(prompts=path, answer_after="####"), tokenizer)[0].answer == gold
+
+
 def test_parquet_and_saved_data_sets_read_like_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     expected = load_prompts(DataSection(prompts=lines(tmp_path / "a.jsonl", ROWS)), tokenizer)
     table = datasets.Dataset.from_list(ROWS)
@@ -113,6 +124,30 @@ def test_broken_line_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase
     path.write_text("[1, 2]\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1: one JSON object per line"):
         load_prompts(DataSection(prompts=path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (r'"half \ud83d"', r"'\\ud83d' is half a character"),
+        ("1" * 5000, "not usable JSON: Exceeds the limit"),
+        ("[" * 100_000, "not usable JSON: maximum recursion depth"),
+    ],
+    ids=["half a character", "huge number", "deep nesting"],
+)
+def test_values_that_nothing_can_hold_are_refused_with_their_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, value: str, reason: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "whole \\ud83d\\ude00", "answer": "1"}\n{"question": "b", "answer": ' + value + "}\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {reason}"):
+        load_prompts(DataSection(prompts=path), tokenizer)
+
+
+def test_half_a_character_in_a_setting_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    section = DataSection(prompts=lines(tmp_path / "a.jsonl", ROWS), system="half \ud83d")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*surrogates not allowed"):
+        load_prompts(section, tokenizer)
 
 
 def test_missing_key_names_the_nearest(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
