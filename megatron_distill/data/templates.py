@@ -112,9 +112,11 @@ def _named_ends(file: Path) -> set[int]:
         settings = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON: {error}; copy it again, or take it away") from error
-    named = settings.get("eos_token_id") if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file}: must hold one JSON object, holds a {type(settings).__name__}")
+    named = settings.get("eos_token_id")
     ids = named if isinstance(named, list) else [] if named is None else [named]
-    if not isinstance(settings, dict) or not all(type(one) is int for one in ids):
+    if not all(type(one) is int for one in ids):
         raise ModelError(f"{file}: eos_token_id must be an id or a list of ids, is {named!r}")
     return set(ids)
 

@@ -45,6 +45,10 @@ def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('only users speak') }}"
     with pytest.raises(DataError, match="roles system, user: only users speak"):
         render(tokenizer, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+    for broken in ("{{ messages[0]['content'] + none }}", "{{ 'x'.index('y') }}", "{{ 1 // 0 }}"):
+        tokenizer.chat_template = broken
+        with pytest.raises(DataError, match="the chat template refuses messages with roles user: "):
+            render(tokenizer, [{"role": "user", "content": "b"}])
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         render(tokenizer, [{"role": "user", "content": "b"}])
@@ -77,6 +81,23 @@ def test_stop_ids_join_tokenizer_and_generation_config(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(ModelError, match="no end-of-sequence token"):
+        stop_ids(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"eos_token_id": [0, 2', "not valid JSON"),
+        ("[2]", "must hold one JSON object"),
+        ('{"eos_token_id": "<|im_end|>"}', "eos_token_id must be an id or a list of ids, is '<|im_end|>'"),
+        ('{"eos_token_id": [1, null]}', r"must be an id or a list of ids, is \[1, None\]"),
+        (b"\xff", "not valid JSON"),
+    ],
+)
+def test_a_broken_generation_config_is_named(tmp_path: Path, text: str | bytes, reason: str) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer(tmp_path))
+    (tmp_path / "generation_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelError, match=rf"generation_config\.json: .*{reason.replace('|', '.')}"):
         stop_ids(tokenizer, tmp_path)
 
 
