@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -107,7 +108,8 @@ def _show(report: Report) -> None:
     table = Table("metric", "value")
     for name, value in report.metrics.items():
         share = not name.endswith(("_mean", "_max"))
-        table.add_row(name, f"{value:.1%}" if share else f"{value:.1f}")
+        counted = f"{value:.1%}" if share else f"{value:.1f}"
+        table.add_row(name, "-" if math.isnan(value) else counted)
     console = Console()
     console.print(f"{report.model}: {report.problems} problems", highlight=False, soft_wrap=True)
     console.print(table)

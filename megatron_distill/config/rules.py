@@ -140,9 +140,33 @@ def objective_learns_from_who_wrote(run: RunConfig) -> str | None:
     )
 
 
+def objective_learns_from_unfiltered_samples(run: RunConfig) -> str | None:
+    if not run.objective.needs.unfiltered_samples or not isinstance(run.rollout, Generate):
+        return None
+    sampling, wanted = run.rollout.sampling, {"temperature": run.objective.temperature, "top_p": 1.0, "top_k": 0}
+    wrong = {name: value for name, value in wanted.items() if getattr(sampling, name) != value}
+    if not wrong:
+        return None
+    given = " ".join(f"rollout.sampling.{name}={getattr(sampling, name)}" for name in wrong)
+    right = " ".join(f"rollout.sampling.{name}={value}" for name, value in wrong.items())
+    return (
+        f"{given}: {_objective(run)} with these settings needs samples of the student's own distribution at "
+        f"objective.temperature={run.objective.temperature}: set {right}, or objective.divergence=reverse_kl"
+    )
+
+
 def evaluation_has_prompts(run: RunConfig) -> str | None:
     if run.eval.every and run.eval.data is None:
         return f"eval.every={run.eval.every}: there is nothing to evaluate on: set eval.data.prompts, or eval.every=0"
+    return None
+
+
+def evaluation_has_a_judge(run: RunConfig) -> str | None:
+    if run.eval.every and kind_of(run.reward) == "none":
+        return (
+            f"eval.every={run.eval.every}: reward.kind=none judges no answer: set reward.kind=math or exact, "
+            "or eval.every=0"
+        )
     return None
 
 
@@ -174,7 +198,9 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_reads_log_probs_of_rollouts,
     objective_compares_rollouts_of_a_prompt,
     objective_learns_from_who_wrote,
+    objective_learns_from_unfiltered_samples,
     evaluation_has_prompts,
+    evaluation_has_a_judge,
     backend_can_run_it,
     launcher_started_as_many_ranks,
 )

@@ -51,6 +51,9 @@ class Needs:
     """Which `TokenStats.student_logp` `prepare` reads: none, the engine's, or a forward pass of the trainer's."""
     origins: frozenset[Origin] = frozenset(Origin)
     """Whose tokens it can learn from."""
+    unfiltered_samples: bool = False
+    """Whether its mean over tokens stands for one over the student's own distribution, at the loss's temperature: then
+    sampling may not leave any token out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ class OPD(Objective):
     @property
     def needs(self) -> Needs:
         if self.divergence == "sampled_token":
-            return Needs(teacher=Fidelity.TOKEN, origins=frozenset({Origin.STUDENT}))
+            return Needs(teacher=Fidelity.TOKEN, origins=frozenset({Origin.STUDENT}), unfiltered_samples=True)
         return Needs(teacher=Fidelity.FULL)
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_distill.config import RunConfig
+from megatron_distill.config.read import kind_of
 from megatron_distill.data.prompts import load_prompts
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.errors import ConfigError
 from megatron_distill.eval.runner import evaluate
 from megatron_distill.models.checkpoint import check_model, load_weights
 from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.embedded import EmbeddedSettings
@@ -24,7 +26,8 @@ from megatron_distill.rollout.sample import Tools
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.mesh import Ranks
 from megatron_distill.runtime.start import start, start_ranks
-from megatron_distill.train.preflight import check_evaluation
+from megatron_distill.train.metrics import jsonable
+from megatron_distill.train.preflight import check_evaluation, check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +41,10 @@ class Report:
     def write(self, path: Path) -> None:
         """As JSON, in one atomic replacement."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"model": str(self.model), "problems": self.problems, "metrics": dict(self.metrics)}
+        metrics = {name: jsonable(value) for name, value in self.metrics.items()}
+        told = {"model": str(self.model), "problems": self.problems, "metrics": metrics}
         beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         beside.replace(path)
 
 
@@ -52,11 +56,15 @@ def check_evaluable(run: RunConfig, checkpoint: Path | None = None) -> list[str]
     """
     if run.eval.data is None:
         raise ConfigError("eval.data: nothing to evaluate on; set eval.data.prompts")
+    if kind_of(run.reward) == "none":
+        raise ConfigError("reward.kind=none: judges no answer; set reward.kind=math or exact")
     spec = ModelSpec.from_folder(run.student.model)
-    SafetensorsFolder(run.student.model)
+    check_folder(spec, SafetensorsFolder(run.student.model))
     if checkpoint is not None:
         check_model(checkpoint, spec)
-    return check_evaluation(run)
+    # only the student answers, whatever teachers the config names
+    alone = replace(run, teachers={})
+    return [*check_vocabulary(alone), *check_evaluation(alone)]
 
 
 def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Path | None = None) -> Report | None:

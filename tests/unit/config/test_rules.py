@@ -39,6 +39,12 @@ def test_a_sound_config_passes(run_file):
             "rollout.kind=demonstrations gives the data's solutions, objective.kind=opd",
         ),
         ("rollout.on_policy_fraction=0.5", "rollout.on_policy_fraction=0.5 gives the data's solutions"),
+        (
+            "rollout.sampling.top_p=0.9",
+            "rollout.sampling.top_p=0.9: objective.kind=opd with these settings needs samples of the student's own",
+        ),
+        ("rollout.sampling={top_k: 5, temperature: 0.5}", "rollout.sampling.temperature=0.5 rollout.sampling.top_k=5"),
+        ("objective.temperature=2", "rollout.sampling.temperature=1.0: objective.kind=opd with these settings needs"),
         ("eval.every=5", "eval.every=5: there is nothing to evaluate on"),
         ("student.model=nowhere", "student.model: nowhere: no such"),
         ("precision={dtype: bf16, fp8: {}}", "precision.fp8 needs TransformerEngine on a GPU"),
@@ -46,6 +52,18 @@ def test_a_sound_config_passes(run_file):
 )
 def test_what_cannot_run_here_is_refused(run_file, override, complaint):
     assert complaints(run_file, override)[0].startswith(complaint)
+
+
+def test_samples_may_be_filtered_where_the_loss_is_over_the_vocabulary(run_file):
+    check(load(run_file, ["rollout.sampling={top_p: 0.9, temperature: 0.7}", "objective.divergence=reverse_kl"]))
+    check(load(run_file, ["rollout.sampling.temperature=0.7", "objective.temperature=0.7"]))
+
+
+def test_an_evaluation_nobody_judges_is_refused(run_file):
+    asked = ["reward={kind: none}", "eval.data.prompts=data.jsonl"]
+    check(load(run_file, asked))
+    (line,) = complaints(run_file, *asked, "eval.every=2")
+    assert line == "eval.every=2: reward.kind=none judges no answer: set reward.kind=math or exact, or eval.every=0"
 
 
 def test_every_broken_rule_is_one_line_whatever_the_number_of_models(run_file):
