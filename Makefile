@@ -8,6 +8,8 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= $(OMP_NUM_THREADS)
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONUNBUFFERED ?= 1
+# The quickstart and the default tests are for the CPU, on machines with a GPU too.
+export MEGATRON_DISTILL_DEVICE ?= cpu
 # Nothing here needs the Hugging Face hub: a mistake should fail at once, not download.
 export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV

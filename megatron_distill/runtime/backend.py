@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,11 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_distill.errors import ConfigError
 from megatron_distill.runtime.mesh import ParallelSizes
-from megatron_distill.runtime.precision import Precision
+from megatron_distill.runtime.precision import Fp8, Precision
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
+
+
+DEVICE = "MEGATRON_DISTILL_DEVICE"
+"""Environment variable: `cpu` keeps a run off the GPUs of a machine that has some."""
 
 
 class Backend(Protocol):
@@ -135,16 +141,21 @@ class CudaBackend:
         return _quiet()
 
     def refusals(self, parallel: ParallelSizes, precision: Precision) -> list[str]:
-        if precision.fp8 is None:
-            return []
-        capability = torch.cuda.get_device_capability()
-        needed = (10, 0) if precision.fp8.recipe == "mxfp8" else (8, 9)
-        if capability >= needed:
-            return []
-        return [
-            f"precision.fp8.recipe={precision.fp8.recipe} needs compute capability {needed[0]}.{needed[1]}, this GPU "
-            f"has {capability[0]}.{capability[1]}: choose another recipe or remove precision.fp8"
-        ]
+        refused = []
+        if importlib.util.find_spec("transformer_engine") is None:
+            refused.append(
+                "this machine has a GPU, whose layers need TransformerEngine, and it is not installed: install the "
+                f"extra `te`, or run on the CPU with {DEVICE}=cpu"
+            )
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if here > torch.cuda.device_count():
+            refused.append(
+                f"{here} ranks were started on a machine with {torch.cuda.device_count()} GPUs: one GPU each; start "
+                f"fewer, or run on the CPU with {DEVICE}=cpu"
+            )
+        if precision.fp8 is not None and (missing := _capability_missing(precision.fp8)):
+            refused.append(missing)
+        return refused
 
     def block(self, qk_norm: bool, layers: int) -> Any:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -171,6 +182,29 @@ class CudaBackend:
         return torch.cuda.max_memory_allocated() / 2**30
 
 
+def _capability_missing(fp8: Fp8) -> str:
+    """Why this GPU cannot compute in FP8 like that; empty if it can."""
+    capability = torch.cuda.get_device_capability()
+    needed = (10, 0) if fp8.recipe == "mxfp8" else (8, 9)
+    if capability >= needed:
+        return ""
+    return (
+        f"precision.fp8.recipe={fp8.recipe} needs compute capability {needed[0]}.{needed[1]}, this GPU has "
+        f"{capability[0]}.{capability[1]}: choose another recipe or remove precision.fp8"
+    )
+
+
 def choose() -> Backend:
-    """The backend of this machine: CUDA where there is a GPU."""
-    return CudaBackend() if torch.cuda.is_available() else CpuBackend()
+    """The backend of this machine: CUDA where there is a GPU, unless the environment says `cpu`.
+
+    Raises:
+        ConfigError: the environment variable names neither.
+    """
+    wanted = os.environ.get(DEVICE, "")
+    if wanted not in ("", "cpu", "cuda"):
+        raise ConfigError(f"{DEVICE}={wanted}: must be cpu or cuda; unset, a GPU is used where there is one")
+    if wanted == "cpu" or (not wanted and not torch.cuda.is_available()):
+        return CpuBackend()
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{DEVICE}=cuda: torch sees no GPU on this machine; unset it to run on the CPU")
+    return CudaBackend()

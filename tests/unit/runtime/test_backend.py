@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_distill.errors import ConfigError
-from megatron_distill.runtime.backend import CpuBackend
+from megatron_distill.runtime.backend import DEVICE, CpuBackend, choose
 from megatron_distill.runtime.mesh import ParallelSizes, zigzag_rows
 from megatron_distill.runtime.precision import Fp8, Precision
 from megatron_distill.runtime.start import start
@@ -41,3 +41,19 @@ def test_zigzag_shares_every_sequence_evenly() -> None:
     cu_seqlens = torch.tensor([0, 8, 12], dtype=torch.int32)
     shares = [zigzag_rows(cu_seqlens, 2, rank).tolist() for rank in range(2)]
     assert shares == [[0, 1, 6, 7, 8, 11], [2, 3, 4, 5, 9, 10]]
+
+
+def test_the_environment_keeps_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv(DEVICE, "cpu")
+    assert isinstance(choose(), CpuBackend)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(DEVICE, "cuda")
+    with pytest.raises(ConfigError, match="sees no GPU"):
+        choose()
+    monkeypatch.setenv(DEVICE, "tpu")
+    with pytest.raises(ConfigError, match="must be cpu or cuda"):
+        choose()
