@@ -25,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_distill.cli.ranks import is_first
 from megatron_distill.errors import CheckpointError, ConfigError, DistillError, ModelError
 from megatron_distill.models import checkpoint
 from megatron_distill.models.hf.io import SafetensorsFolder, copy_beside, save_folder
@@ -33,7 +34,7 @@ from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
-from megatron_distill.runtime.start import Runtime, is_first_rank, start
+from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.types import MicroBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -276,7 +277,7 @@ def _described(spec: ModelSpec) -> str:
 
 
 def _say(line: str) -> None:
-    if is_first_rank():
+    if is_first():
         print(line)
 
 

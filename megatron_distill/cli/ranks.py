@@ -1,7 +1,8 @@
 """Start the ranks of a run on this machine, and say in one line what became of them.
 
 The same elastic agent as `torchrun` starts them, in this process: its long report goes to a log, and what a person
-reads is the last word of the rank that failed first. Under somebody else's `torchrun` or `srun` nothing is started.
+reads is the last word of the rank that failed first. Under somebody else's `torchrun`, which `srun` may have started on
+every node, nothing is started.
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_distill.errors import DistillError
+from megatron_distill.errors import ConfigError, DistillError
 
 
 def launched() -> bool:
-    """Whether a launcher started this process as one of its ranks."""
-    return "RANK" in os.environ
+    """Whether a launcher started this process as one of its ranks.
+
+    Raises:
+        ConfigError: `srun` started several of this process, which then do not know of each other.
+    """
+    if "RANK" in os.environ:
+        return True
+    # of the step and not of the job: a batch script that asked for several tasks is still one process
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1:
+        raise ConfigError(
+            f"srun started {tasks} of this command, and none knows its rank: start torchrun with it, one on each node, "
+            "as in srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES --nproc-per-node=N "
+            "--rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m megatron_distill.cli train CONFIG"
+        )
+    return False
 
 
 def is_first() -> bool:
-    """Whether this is the rank that speaks for all."""
+    """Whether this is the rank that speaks for all; true without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 

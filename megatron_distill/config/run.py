@@ -14,6 +14,7 @@ from megatron_distill.config.read import Parts, read, write
 from megatron_distill.config.sections import MetricsSection, PathsSection, TrainSection
 from megatron_distill.data.prompts import DataSection
 from megatron_distill.eval.runner import EvalSection
+from megatron_distill.files import write_atomically
 from megatron_distill.models.checkpoint import CheckpointSection
 from megatron_distill.models.optimizer import OptimizerSection
 from megatron_distill.models.student import StudentSection
@@ -88,7 +89,4 @@ def dump(run: RunConfig) -> str:
 
 def save(run: RunConfig, path: Path) -> None:
     """Write the resolved config in one atomic replacement."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(dump(run), encoding="utf-8")
-    beside.replace(path)
+    write_atomically(path, dump(run))

@@ -99,21 +99,9 @@ class Mesh(Ranks):
         return self.pp_rank == self.sizes.pp - 1
 
     @property
-    def is_leader(self) -> bool:
-        """First rank of its data-parallel replica."""
-        return self.tp_rank == self.pp_rank == self.cp_rank == 0
-
-    @property
     def tp_group(self) -> ProcessGroup | None:
         """Ranks that share the vocabulary; None when one rank holds it all."""
         return self.groups.tp if self.sizes.tp > 1 else None
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over data-parallel replicas (not over context parallel ranks)."""
-        if self.sizes.dp > 1:
-            values = values.clone()
-            dist.all_reduce(values, group=self.groups.dp)
-        return values
 
     def total_over_data(self, values: Tensor) -> Tensor:
         """Sum over data-parallel and context-parallel ranks: over everybody who judged some of the tokens."""

@@ -39,11 +39,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks for all; true without a launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextlib.contextmanager
 def start(parallel: ParallelSizes, precision: Precision, seed: int = 0) -> Iterator[Runtime]:
     """Process groups, device and seeds of this rank, taken down on the way out.

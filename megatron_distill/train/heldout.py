@@ -41,7 +41,12 @@ class HeldOut:
             return None
         owned = None
         if engine is None:
-            owned = EmbeddedSettings().connect(run.student.model, tokenizer, valid_vocab=student.partition.valid)
+            owned = EmbeddedSettings().connect(
+                run.student.model,
+                tokenizer,
+                valid_vocab=student.partition.valid,
+                device=student.network.runtime.backend.device,
+            )
         tools = Tools(
             engine=engine or owned,  # type: ignore[arg-type]
             judge=run.reward.connect(),
