@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ class Backend(Protocol):
 
 def _import_megatron() -> None:
     """Import what will be used later, where its warnings about optional packages stay unsaid."""
+    # torch says at import that it found a compiler for GPUs and no GPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with _quiet():
         for name in ("models.gpt.gpt_layer_specs", "pipeline_parallel", "optimizer", "dist_checkpointing"):
             importlib.import_module(f"megatron.core.{name}")
