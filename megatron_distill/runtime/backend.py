@@ -59,8 +59,6 @@ class Backend(Protocol):
 
 def _import_megatron() -> None:
     """Import what will be used later, where its warnings about optional packages stay unsaid."""
-    # torch says at import that it found a compiler for GPUs and no GPU
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with _quiet():
         for name in ("models.gpt.gpt_layer_specs", "pipeline_parallel", "optimizer", "dist_checkpointing"):
             importlib.import_module(f"megatron.core.{name}")
@@ -86,6 +84,8 @@ class CpuBackend:
     def prepare(self) -> None:
         from megatron_distill.runtime import megatron_cpu
 
+        # torch says at import that it found a compiler for GPUs and no GPU: true, and of no interest here
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         megatron_cpu.install()
         _import_megatron()
 
