@@ -67,6 +67,13 @@ def recorded(worlds: Worlds, root: Path) -> list[dict[str, Any]]:
     return in_process(worlds, root, "gsm8k", {"tp": 2})
 
 
+@pytest.fixture(scope="module")
+def begun(worlds: Worlds, root: Path, recorded: list[dict[str, Any]]) -> Path:
+    """A run that replayed two steps at tp=2."""
+    in_process(worlds, root, "begun", {"tp": 2}, replay(), "train.steps=2")
+    return root / "runs" / "begun"
+
+
 def in_process(worlds: Worlds, root: Path, name: str, sizes: dict[str, int], *overrides: str) -> list[dict[str, Any]]:
     parallel = [f"parallel.{axis}={size}" for axis, size in sizes.items()]
     world = 1
@@ -134,11 +141,9 @@ def test_every_layout_takes_the_same_steps(
 
 @pytest.mark.parametrize("sizes", [{}, {"pp": 2}], ids=["tp=1", "pp=2"])
 def test_a_run_goes_on_at_another_layout(
-    worlds: Worlds, root: Path, recorded: list[dict[str, Any]], sizes: dict[str, int]
+    worlds: Worlds, root: Path, recorded: list[dict[str, Any]], begun: Path, sizes: dict[str, int]
 ) -> None:
     """Two steps at tp=2 with a checkpoint, the rest elsewhere: by the loop, with everything that it keeps."""
-    begun, moved = root / "runs" / "begun", root / "runs" / f"moved-{len(sizes)}"
-    if not begun.exists():
-        in_process(worlds, root, begun.name, {"tp": 2}, replay(), "train.steps=2")
+    moved = begun.with_name(f"moved-{len(sizes)}")
     shutil.copytree(begun, moved)
     assert_same_steps(in_process(worlds, root, moved.name, sizes, replay()), recorded)
