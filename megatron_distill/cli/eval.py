@@ -44,6 +44,7 @@ def run(chosen: argparse.Namespace) -> int:
         return _evaluate(run, chosen)
     if not ranks.launched() or ranks.is_first():
         check_evaluable(run, chosen.checkpoint)
+        _check_outputs(chosen)
     if ranks.launched() or run.parallel.world == 1:
         return _evaluate(run, chosen)
     return _start(run, chosen)
@@ -71,6 +72,18 @@ def _resolve(chosen: argparse.Namespace) -> RunConfig:
     run = load(config, [*model, *chosen.overrides])
     # each rank holds a whole model, so all of them are data-parallel
     return dataclasses.replace(run, parallel=ParallelSizes(dp=run.parallel.world))
+
+
+def _check_outputs(chosen: argparse.Namespace) -> None:
+    """What was asked for can be written: after hours of answers it is too late to say no."""
+    from megatron_distill.train.folder import check_writable
+
+    if chosen.output:
+        if chosen.output.is_dir():
+            raise ConfigError(f"--output: {chosen.output} is a folder; name a file, e.g. {chosen.output / 'eval.json'}")
+        check_writable(chosen.output.parent, "--output")
+    if chosen.responses:
+        check_writable(chosen.responses, "--responses")
 
 
 def _start(run: RunConfig, chosen: argparse.Namespace) -> int:

@@ -92,14 +92,19 @@ def parse(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `3e-4` is a number, a date is text, a key given twice is an error."""
+    """YAML as people mean it: `3e-4` is a number, a date is text, keys are text and given once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
                 raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
+        mapping = super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(self.construct_object(key), str):
+                hint = f'key {key.value} is no text; a name such as "{key.value}" needs quotes'
+                raise yaml.MarkedYAMLError(problem=hint, problem_mark=key.start_mark)
+        return mapping
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -119,7 +124,7 @@ def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> Iterator[tu
     if path in seen:
         return
     seen.add(path)
-    layer = parse(path.read_text(encoding="utf-8"), _shown(path))
+    layer = parse(_text(path), _shown(path))
     layer = {} if layer is None else layer
     if not isinstance(layer, dict):
         raise ConfigError(f"{_shown(path)}: must be a mapping of sections, got {type(layer).__name__}")
@@ -130,6 +135,15 @@ def _layers(path: Path, chain: tuple[Path, ...], seen: set[Path]) -> Iterator[tu
             raise ConfigError(f"{_shown(path)}: base: {error}") from error
         yield from _layers(base, (*chain, path), seen)
     yield path, layer
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{_shown(path)}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"{_shown(path)}: cannot be read ({error.strerror})") from error
 
 
 def _bases(value: Any, path: Path) -> list[str]:

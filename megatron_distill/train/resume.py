@@ -59,7 +59,9 @@ def check_checkpoint(run: RunConfig) -> list[str]:
     check_model(checkpoint, ModelSpec.from_folder(run.student.model))
     if (run.paths.run / CONFIG).is_file():
         check_settings(_saved(run.paths.run / CONFIG), run, checkpoint)
-    return [] if finished(run) else [f"going on from {checkpoint}"]
+    if finished(run):
+        return [f"{checkpoint}: all {run.train.steps} steps are done; train.steps sets how many there are"]
+    return [f"going on from {checkpoint}"]
 
 
 def check_settings(saved: RunConfig, run: RunConfig, checkpoint: Path) -> None:

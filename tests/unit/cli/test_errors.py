@@ -10,6 +10,7 @@ import pytest
 
 from megatron_distill.cli.__main__ import main
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
+from megatron_distill.train.folder import claim
 
 PROJECT = Path(__file__).parents[3]
 
@@ -93,6 +94,33 @@ def test_a_checkpoint_of_another_model(config, capsys, tmp_path):
     (saved / "COMPLETE").touch()
     (line,) = refused(capsys, config, "paths.run=old")
     assert line.startswith("old/checkpoints/step_000002: checkpoint of another model (")
+
+
+def test_a_run_folder_that_cannot_be_made(config, capsys):
+    assert main(["train", str(config), "paths.run=data.jsonl/run"]) == 2
+    assert capsys.readouterr().err.startswith("error: paths.run: data.jsonl/run cannot be written (Not a directory)")
+
+
+def test_a_run_folder_that_is_in_use(config, capsys):
+    with claim(Path("taken")):
+        assert main(["train", str(config), "paths.run=taken"]) == 2
+    assert capsys.readouterr().err.startswith("error: paths.run: taken is in use by process ")
+    assert [path.name for path in Path("taken").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [("data.jsonl/out.json", "data.jsonl cannot be written (File exists)"), (".", ". is a folder; name a file")],
+)
+def test_an_evaluation_whose_numbers_cannot_be_written(config, capsys, output, told):
+    assert main(["eval", str(config), "eval.data.prompts=data.jsonl", "--output", output]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --output: {told}")
+
+
+def test_srun_without_torchrun(config, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    (line,) = refused(capsys, config)
+    assert line.startswith("srun started 4 of this command")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from megatron_distill.cli import ranks
-from megatron_distill.errors import DistillError
+from megatron_distill.errors import ConfigError, DistillError
 
 
 @pytest.fixture
@@ -66,6 +66,18 @@ def test_an_error_to_put_right_reads_as_without_ranks(start, tmp_path):
     ranks.log_of(tmp_path, 0).write_text("error: of an earlier start\n")
     with pytest.raises(DistillError, match=r"^checkpoint of another model$"):
         start("print('error: checkpoint of another model', file=sys.stderr)\nsys.exit(2)", world=1)
+
+
+def test_srun_alone_is_refused(monkeypatch):
+    for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert not ranks.launched()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ConfigError, match=r"srun started 4 of this command, .* start torchrun with it"):
+        ranks.launched()
+    monkeypatch.setenv("RANK", "0")
+    assert ranks.launched()
 
 
 def test_ctrl_c_ends_the_ranks_too(tmp_path):

@@ -1,11 +1,13 @@
 """What the verbs print."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import yaml
 
 from megatron_distill.cli.__main__ import main
+from megatron_distill.models.spec import ModelSpec
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 
 
@@ -49,6 +51,19 @@ def test_config_prints_the_tree_even_when_a_check_fails(config, capsys):
 def test_config_prints_a_schema(capsys):
     assert main(["config", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out)["properties"]["train"]
+
+
+def test_a_finished_run_starts_nothing(config, capsys, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    saved = tmp_path / "runs" / "run" / "checkpoints" / "step_000003"
+    saved.mkdir(parents=True)
+    spec = asdict(ModelSpec.from_folder(tmp_path / "student"))
+    (saved / "state.json").write_text(json.dumps({"step": 3, "spec": spec}))
+    (saved / "COMPLETE").touch()
+    assert main(["train", config, "train.steps=3"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("runs/run/checkpoints/step_000003: all 3 steps are done")
+    assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["checkpoints"]
 
 
 def test_ctrl_c_is_no_traceback(config, capsys, monkeypatch):

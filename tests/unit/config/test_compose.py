@@ -89,6 +89,9 @@ def test_values_are_what_people_mean(text, value):
     [
         ("train:\n  steps: [1", r"run\.yaml:2: not valid YAML"),
         ("train: {a: 1, a: 2}", r"run\.yaml:1: .*'a' is given twice"),
+        ("1: {a: 2}", r"run\.yaml:1: .*key 1 is no text; a name such as \"1\" needs quotes"),
+        ("train:\n  {1: 2}", r"run\.yaml:2: .*key 1 is no text"),
+        ("train: {a: 1, on: 2}", r"run\.yaml:1: .*key on is no text"),
         ("[1]", r"run\.yaml: must be a mapping of sections, got list"),
         ("base: 3", r"base=3: must be a list"),
         ("base: nowhere", r"run\.yaml: base: nowhere: no such config file"),
@@ -100,7 +103,14 @@ def test_a_broken_file_is_named(configs, text, complaint):
         compose("run")
 
 
-@pytest.mark.parametrize("word", ["steps", "=1", "train..steps=1", "train.=1", "train.steps=[1"])
+def test_a_file_that_is_not_utf_8_is_named(configs, tmp_path):
+    configs("run", "")
+    next(tmp_path.rglob("run.yaml")).write_bytes("train: {a: é}".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml: not UTF-8 text \(byte 11\); save it as UTF-8$"):
+        compose("run")
+
+
+@pytest.mark.parametrize("word", ["train={1: 2}", "steps", "=1", "train..steps=1", "train.=1", "train.steps=[1"])
 def test_a_broken_override_is_named(configs, word):
     configs("run", "")
     with pytest.raises(ConfigError, match="override"):

@@ -101,6 +101,8 @@ def test_a_run_is_finished_when_a_checkpoint_has_all_steps(config, tmp_path):
     assert not finished(config())
     assert finished(config("train.steps=2"))
     assert finished(config("train.steps=1"))
+    (note,) = check_checkpoint(config("train.steps=2"))
+    assert note.endswith("step_000002: all 2 steps are done; train.steps sets how many there are")
     fresh = config("train.steps=0", f"paths.run={tmp_path / 'new'}")
     assert steps_done(fresh) == 0
     assert not finished(fresh)
