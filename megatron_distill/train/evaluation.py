@@ -16,13 +16,16 @@ from megatron_distill.data.prompts import load_prompts
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.errors import ConfigError
 from megatron_distill.eval.runner import evaluate
-from megatron_distill.models.checkpoint import check_model, load_weights
+from megatron_distill.files import write_atomically
+from megatron_distill.models.checkpoint import check_model, load_weights, read_state
 from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.mapping import rules
 from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.rollout.sample import Tools
+from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.mesh import Ranks
 from megatron_distill.runtime.start import start, start_ranks
@@ -40,12 +43,9 @@ class Report:
 
     def write(self, path: Path) -> None:
         """As JSON, in one atomic replacement."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         metrics = {name: jsonable(value) for name, value in self.metrics.items()}
         told = {"model": str(self.model), "problems": self.problems, "metrics": metrics}
-        beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_atomically(path, json.dumps(told, indent=2, allow_nan=False) + "\n")
 
 
 def check_evaluable(run: RunConfig, checkpoint: Path | None = None) -> list[str]:
@@ -80,7 +80,8 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
     with _weights(run, checkpoint) as (ranks, weights):
         tokenizer = load_tokenizer(folder, run.student.trust_remote_code)
         prompts = load_prompts(run.eval.data, tokenizer)
-        engine = EmbeddedSettings().connect(folder, tokenizer, device=choose().device)
+        valid = None if checkpoint is None else read_state(checkpoint).get("valid_vocab")
+        engine = engine_settings(run).connect(folder, tokenizer, valid_vocab=valid, device=choose().device)
         engine.load_weights(weights, version=0)
         with closing(run.reward.connect()) as judge:
             tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=ranks)
@@ -91,15 +92,23 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
     return Report(model=checkpoint or folder, problems=len(prompts), metrics=values)
 
 
+def engine_settings(run: RunConfig) -> EmbeddedSettings:
+    """Settings of the engine that the run writes its rollouts with, where it writes any."""
+    return run.rollout.engine if isinstance(run.rollout, Generate) else EmbeddedSettings()
+
+
 @contextmanager
 def _weights(run: RunConfig, checkpoint: Path | None) -> Iterator[tuple[Ranks, Iterator[tuple[str, Tensor]]]]:
     """The ranks, and whole tensors by Hugging Face name; only a checkpoint needs Megatron to be read."""
+    spec = ModelSpec.from_folder(run.student.model)
     if checkpoint is None:
         reader = SafetensorsFolder(run.student.model)
+        # a folder may hold more, such as the rotary frequencies of old Llama models
+        names = [name for rule in rules(spec) if rule.exported for name in rule.hf]
         with start_ranks() as ranks:
-            yield ranks, ((name, reader.read(name)) for name in sorted(reader.names))
+            yield ranks, ((name, reader.read(name)) for name in names)
     else:
         with start(run.parallel, run.precision, run.train.seed) as runtime:
-            network = Network.empty(ModelSpec.from_folder(run.student.model), runtime)
+            network = Network.empty(spec, runtime)
             load_weights(checkpoint, network)
             yield runtime.mesh, network.weights()

@@ -152,6 +152,10 @@ def resume(run: RunConfig, student: Student, source: Source) -> Progress:
 
 
 def save(run: RunConfig, student: Student, source: Source, progress: Progress) -> None:
-    """Everything that `resume` reads."""
-    state = {"source": source.state(), "objective": dict(progress.objective)}
+    """Everything that `resume` reads, and the size of the vocabulary that an evaluation samples from."""
+    state = {
+        "source": source.state(),
+        "objective": dict(progress.objective),
+        "valid_vocab": student.partition.valid,
+    }
     checkpoint.save(run.paths.run, progress.step, student, state, keep=run.checkpoint.keep)

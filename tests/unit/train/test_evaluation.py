@@ -4,11 +4,14 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_distill.config import load
 from megatron_distill.errors import DistillError
+from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
-from megatron_distill.train.evaluation import Report, check_evaluable
+from megatron_distill.train.evaluation import Report, check_evaluable, engine_settings, evaluate_model
 
 
 @pytest.fixture
@@ -52,3 +55,20 @@ def test_a_report_is_json_for_everybody(tmp_path):
     text = (tmp_path / "report.json").read_text()
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert read["metrics"] == {"eval/avg_at_1": "NaN", "eval/unscored": 1.0}
+
+
+def test_a_folder_with_tensors_that_no_model_needs_is_evaluated(config, tmp_path):
+    run = config("eval.sampling={temperature: 0, max_new_tokens: 4}")
+    plain = evaluate_model(run, responses=tmp_path / "plain")
+    weights = tmp_path / "student" / "model.safetensors"
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(weights) | frequencies, weights, metadata={"format": "pt"})
+    assert check_evaluable(run)
+    assert evaluate_model(run, responses=tmp_path / "more") == plain
+    name = "step_000000.jsonl"
+    assert (tmp_path / "more" / name).read_text() == (tmp_path / "plain" / name).read_text()
+
+
+def test_the_engine_is_set_as_in_the_run(config):
+    assert engine_settings(config("rollout.engine.batch_size=3")).batch_size == 3
+    assert engine_settings(config("rollout={kind: replay, path: nowhere}")) == EmbeddedSettings()
