@@ -11,14 +11,12 @@ may run code when read: `to-hf` and `verify` read it from the path that was name
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -91,13 +89,12 @@ def to_hf(chosen: argparse.Namespace) -> int:
     checkpoint.check_model(chosen.checkpoint, spec)
     _refuse_existing(chosen.out, chosen.overwrite)
     with start(_sizes(chosen), Precision()) as runtime:
-        with _reading(chosen.checkpoint):
+        with checkpoint.reading(chosen.checkpoint):
             saved = _saved_dtype(chosen.checkpoint)
         if saved == torch.bfloat16:
             runtime = replace(runtime, precision=Precision(dtype="bf16"))
         network = Network.empty(spec, runtime)
-        with _reading(chosen.checkpoint):
-            checkpoint.load_weights(chosen.checkpoint, network)
+        checkpoint.load_weights(chosen.checkpoint, network)
         if runtime.mesh.rank == 0:
             save_folder(
                 chosen.out,
@@ -126,8 +123,7 @@ def verify(chosen: argparse.Namespace) -> int:
             network = Network.load(folder, runtime)
         else:
             network = Network.empty(spec, runtime)
-            with _reading(chosen.checkpoint):
-                checkpoint.load_weights(chosen.checkpoint, network)
+            checkpoint.load_weights(chosen.checkpoint, network)
         length = min(PROBE_TOKENS, spec.max_positions)
         generator = torch.Generator().manual_seed(0)
         probes = [torch.randint(spec.vocab_size, (length,), generator=generator) for _ in range(2)]
@@ -250,19 +246,6 @@ def _model_folder(folder: Path) -> Path:
     if run.is_file():
         return Path(yaml.safe_load(run.read_text(encoding="utf-8"))["student"]["model"])
     raise CheckpointError(f"{folder}: neither hf/ in it nor a run's config.yaml two folders up; add --model HF_FOLDER")
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Files that are gone or torn are told in one line."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except (CheckpointException, CheckpointingException, OSError, EOFError, UnpicklingError) as error:
-        last = (str(error).strip().splitlines() or [repr(error)])[-1]
-        raise CheckpointError(f"{folder}: incomplete or damaged ({last}); use another checkpoint") from error
 
 
 def _saved_dtype(folder: Path) -> torch.dtype:

@@ -10,13 +10,15 @@ checkpoint; model folders never pass through here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -227,5 +229,22 @@ def _save(folder: Path, state: dict[str, Any], network: Network) -> None:
 def _load(folder: Path, state: dict[str, Any], network: Network) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
-    with network.runtime.backend.megatron():
+    with network.runtime.backend.megatron(), reading(folder):
         return dist_checkpointing.load(state, str(folder))
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Within: files that are gone or torn are told in one line.
+
+    Raises:
+        CheckpointError: Megatron or torch could not read the checkpoint.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except (CheckpointException, CheckpointingException, OSError, EOFError, UnpicklingError) as error:
+        last = (str(error).strip().splitlines() or [repr(error)])[-1]
+        raise CheckpointError(f"{folder}: incomplete or damaged ({last}); use another checkpoint") from error
