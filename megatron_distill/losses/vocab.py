@@ -100,7 +100,7 @@ def _without_unknown(logp_R: Tensor, ids_R: Tensor, partition: VocabPartition) -
 
 
 class _Scores(Function):
-    """Log-probs of ids, entropy, or both; [E.2]: d log q(y) = e_y - q, dH = -q (log q + H)."""
+    """Log-probs of ids, entropy, or both, with their derivatives: d log q(y) = e_y - q, dH = -q (log q + H)."""
 
     @staticmethod
     def forward(
