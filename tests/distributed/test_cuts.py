@@ -51,6 +51,8 @@ class Cut:
     tokens_per_micro_batch: int = 48
     recompute: str = "none"
     chunk_rows: int = 16
+    sequences: int = len(LENGTHS)
+    """Of the step, from the first on."""
 
 
 CUTS = {
@@ -69,7 +71,12 @@ CUTS = {
     "pp=2 cp=2": Cut(ParallelSizes(pp=2, cp=2)),
     "cp=2 dp=2": Cut(ParallelSizes(cp=2, dp=2)),
 }
-REFERENCE = Cut(ParallelSizes())
+ONE_SEQUENCE = {
+    "tp=2 dp=2": Cut(ParallelSizes(tp=2, dp=2), sequences=1),
+    "pp=2 dp=2": Cut(ParallelSizes(pp=2, dp=2), sequences=1),
+    "cp=2 dp=2": Cut(ParallelSizes(cp=2, dp=2), sequences=1),
+}
+"""A data-parallel rank without a sequence: its micro-batch has no response tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +89,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def expected(worlds: Worlds, folders: tuple[Path, Path]) -> dict[str, Any]:
-    return worlds(1).run(steps_of, *folders, REFERENCE, init=False)[0]
+    return worlds(1).run(steps_of, *folders, Cut(ParallelSizes()), init=False)[0]
 
 
-def rollouts() -> list[Scored]:
+@pytest.fixture(scope="module")
+def expected_of_one(worlds: Worlds, folders: tuple[Path, Path]) -> dict[str, Any]:
+    return worlds(1).run(steps_of, *folders, Cut(ParallelSizes(), sequences=1), init=False)[0]
+
+
+def rollouts(sequences: int) -> list[Scored]:
     generator = torch.Generator().manual_seed(3)
     made = []
-    for sample, (prompt, response) in enumerate(LENGTHS):
+    for sample, (prompt, response) in enumerate(LENGTHS[:sequences]):
         tokens = torch.randint(VOCAB_SIZE, (prompt + response,), generator=generator).tolist()
         rollout = Rollout(
             prompt=Prompt(id=str(sample // 2), messages=(), tokens=tuple(tokens[:prompt])),
@@ -123,7 +135,7 @@ def one_step(
     teacher = FrozenPart(model=teacher_folder).connect(runtime, student.partition)
     before = {name: tensor.clone() for name, tensor in student.weights()}
     batch = pack(
-        rollouts(),
+        rollouts(cut.sequences),
         dp_rank=runtime.mesh.dp_rank,
         dp_size=cut.sizes.dp,
         tokens_per_micro_batch=cut.tokens_per_micro_batch,
@@ -145,8 +157,19 @@ def one_step(
 def test_same_step_at_every_cut(
     worlds: Worlds, folders: tuple[Path, Path], expected: dict[str, Any], name: str
 ) -> None:
-    cut = CUTS[name]
-    for rank in worlds(cut.sizes.world).run(steps_of, *folders, cut, init=False):
+    assert_same_step(worlds(CUTS[name].sizes.world).run(steps_of, *folders, CUTS[name], init=False), expected)
+
+
+@pytest.mark.parametrize("name", ONE_SEQUENCE)
+def test_same_step_where_a_rank_has_no_sequence(
+    worlds: Worlds, folders: tuple[Path, Path], expected_of_one: dict[str, Any], name: str
+) -> None:
+    cut = ONE_SEQUENCE[name]
+    assert_same_step(worlds(cut.sizes.world).run(steps_of, *folders, cut, init=False), expected_of_one)
+
+
+def assert_same_step(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for rank in ranks:
         for objective, (loss, norm, change) in rank.items():
             expected_loss, expected_norm, expected_change = expected[objective]
             assert loss == pytest.approx(expected_loss, rel=5e-6), f"{objective}: loss"
