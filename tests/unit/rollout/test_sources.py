@@ -1,7 +1,7 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier, Lock, Thread
 from typing import Any
 
 import pytest
@@ -23,6 +23,9 @@ from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.rollout.sources.replay import Replay
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.types import Origin, Scored, Stop
+
+BUILDING = Lock()
+"""`transformers` replaces its own methods while it builds a model: two threads at once leave them replaced for good."""
 
 
 class Threads:
@@ -103,8 +106,9 @@ def surroundings(folder: Path, run: Path, ranks: Threads | None = None, **fields
 def steps(
     part: SourcePart, around: Surroundings, count: int, start: dict[str, int] | None = None
 ) -> list[list[Scored]]:
-    source = part.connect(around)
-    source.publish(Student(around.student_folder), version=4)
+    with BUILDING:
+        source, student = part.connect(around), Student(around.student_folder)
+    source.publish(student, version=4)
     if start is not None:
         source.restore(start)
     first = 0 if start is None else start["position"] // around.prompts_per_step
