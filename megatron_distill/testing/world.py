@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import io
 import multiprocessing
 import os
 import pickle
@@ -26,6 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -261,9 +263,31 @@ def _serve(pipe: Connection, stacks: Path) -> None:
 def _answer(message: bytes) -> bytes:
     """The pickled result of a job, or its `_Failure`: whatever a test raises belongs to the test, not to us."""
     try:
-        return pickle.dumps(_work(pickle.loads(message)))
+        return _pickled(_work(pickle.loads(message)))
     except Exception as error:
         return pickle.dumps(_Failure.of(error))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go as arrays: Megatron, once imported, would have them name one of its own functions for unpickling."""
+
+    def reducer_override(self, value: object) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return NotImplemented
+        plain = value.detach().cpu()
+        if plain.dtype == torch.bfloat16:
+            return _bfloat16, (plain.view(torch.int16).numpy(),)
+        return torch.from_numpy, (plain.numpy(),)
+
+
+def _bfloat16(bits: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def _pickled(value: object) -> bytes:
+    file = io.BytesIO()
+    _Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def _work(job: _Job) -> Any:

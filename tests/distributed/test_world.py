@@ -88,3 +88,16 @@ def test_a_hanging_rank_shows_every_stack(doomed: Worlds) -> None:
         doomed(2).run(_rank_one_sleeps, timeout=2.0)
     assert "--- rank 0" in str(raised.value)
     assert "--- rank 1" in str(raised.value)
+
+
+def tensors_after_megatron() -> list[torch.Tensor]:
+    from megatron_distill.runtime.backend import choose
+
+    choose().prepare()
+    return [torch.zeros(0), torch.tensor(3.0, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.int64)[:, 1:]]
+
+
+def test_tensors_come_back_without_megatron(worlds: Worlds) -> None:
+    (found,) = worlds(1).run(tensors_after_megatron)
+    expected = [torch.zeros(0), torch.tensor(3.0, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.int64)]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
