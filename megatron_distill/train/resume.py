@@ -18,7 +18,8 @@ CONFIG = "config.yaml"
 
 MAY_CHANGE = (
     "train.steps",  # how a run is extended; `linear` and `cosine` learning rates follow the new length
-    "train.on_nonfinite",  # what a run that stopped for a NaN is told to try
+    "optimizer.lr",  # with the next, what a run that stopped for a NaN is told to look at
+    "train.on_nonfinite",
     "train.tokens_per_micro_batch",
     "train.chunk_rows",
     "student.recompute",

@@ -142,7 +142,10 @@ def write_model(folder: Path, shape: Shape, vocab_size: int, seed: int) -> None:
         bos_token_id=None,
     )
     torch.manual_seed(seed)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    # transformers makes the padding row zero; a model that samples that token would get a gradient of hundreds
+    torch.nn.init.normal_(model.get_input_embeddings().weight.data[config.pad_token_id], std=config.initializer_range)
+    model.save_pretrained(folder)
 
 
 def make(folder: Path, seed: int) -> None:

@@ -65,7 +65,7 @@ def test_what_does_not_change_the_learning_may_change(config, override):
 @pytest.mark.parametrize(
     ("override", "begin", "was"),
     [
-        ("optimizer.lr=0.5", "optimizer.lr=0.5: ", "1e-05"),
+        ("optimizer.eps=0.5", "optimizer.eps=0.5: ", "1e-08"),
         ("train.seed=7", "train.seed=7: ", "1"),
         ("rollout.sampling.top_p=0.9", "rollout.sampling.top_p=0.9: ", "1.0"),
         ("rollout={kind: demonstrations}", 'rollout.kind="demonstrations": ', '"generate"'),
@@ -87,7 +87,7 @@ def test_every_change_is_a_line_and_a_kind_stands_for_its_fields(config):
 
 
 def test_another_folder_is_another_run(config, tmp_path):
-    assert check_checkpoint(config("optimizer.lr=0.5", f"paths.run={tmp_path / 'new'}")) == []
+    assert check_checkpoint(config("optimizer.eps=0.5", f"paths.run={tmp_path / 'new'}")) == []
 
 
 def test_a_saved_config_that_cannot_be_read_is_one_line(config, tmp_path):
