@@ -74,6 +74,10 @@ def build_optimizer(section: OptimizerSection, module: Any, runtime: Runtime, st
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, [module])
+    for one in optimizer.chained_optimizers:
+        if not one.is_stub_optimizer:
+            # so that a run whose every step so far was skipped has a state to save
+            one.init_state_fn(one.optimizer, one.config)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

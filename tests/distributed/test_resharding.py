@@ -127,7 +127,7 @@ def take_steps(student: Student, begin: int, end: int, kept: dict[str, Any] | No
 
 
 def weights_of(student: Student) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for name, tensor in student.weights()}
+    return {name: tensor.float().numpy().copy() for name, tensor in student.weights()}
 
 
 def batch_of(step: int, runtime: Runtime) -> Batch:
@@ -188,6 +188,24 @@ def assert_equal(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray])
         assert np.array_equal(actual[name], tensor), name
 
 
+def test_bf16_goes_on_from_its_fp32_weights_bit_for_bit(worlds: Worlds, saved: Saved, tmp_path: Path) -> None:
+    straight, resumed = worlds(1).run(in_bf16, saved.model, tmp_path, init=False)[0]
+    assert resumed.losses == straight.losses
+    assert resumed.norms == straight.norms
+    assert all(np.array_equal(resumed.after[name], weight) for name, weight in straight.after.items())
+
+
+def in_bf16(model: Path, run: Path) -> tuple[Trained, Trained]:
+    with start(ParallelSizes(), Precision(dtype="bf16")) as runtime:
+        student = new_student(model, runtime)
+        take_steps(student, 0, SAVED_AT)
+        found = checkpoint.save(run, SAVED_AT, student, {}, keep=2)
+        straight = take_steps(student, SAVED_AT, STEPS)
+        student = new_student(model, runtime)
+        checkpoint.load(found, student)
+        return straight, take_steps(student, SAVED_AT, STEPS)
+
+
 def test_settings_are_those_of_now_and_not_of_the_checkpoint(worlds: Worlds, saved: Saved) -> None:
     longer = OptimizerSection(lr=4e-3, schedule="linear", warmup_steps=2)
     (rank,) = worlds(1).run(resume, saved.model, saved.run, ParallelSizes(), longer, 10, init=False)
@@ -227,9 +245,10 @@ def test_the_newest_are_kept_and_leftovers_go(worlds: Worlds, saved: Saved, run:
 def save_three(model: Path, run: Path) -> None:
     with start(SAVING, Precision()) as runtime:
         student = new_student(model, runtime)
-        take_steps(student, 0, 1)
         for step in (3, 4, 5):
+            # the first before any update, as when every step so far was skipped
             checkpoint.save(run, step, student, {}, keep=2)
+            take_steps(student, step, step + 1)
 
 
 def test_a_checkpoint_of_another_model_is_refused(worlds: Worlds, saved: Saved, tmp_path: Path) -> None:
