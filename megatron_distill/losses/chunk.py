@@ -80,7 +80,7 @@ class _LinearLoss(Function):
                 if hidden_grad is not None:
                     torch.mm(grad_Cv, weight_vH, out=hidden_grad[rows])
                 if weight_grad is not None:
-                    weight_grad += grad_Cv.t() @ hidden_CH
+                    _add_product(weight_grad, grad_Cv.t(), hidden_CH)
             total = scalar.detach() if total is None else total + scalar.detach()
             for name, part in parts.items():
                 sums[name] = sums[name] + part.detach() if name in sums else part.detach()
@@ -93,11 +93,20 @@ class _LinearLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
+        # In place, for they are large and nobody else has them; autograd refuses a second backward pass after it.
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad.to(hidden_grad.dtype)
+            hidden_grad.mul_(grad.to(hidden_grad.dtype))
         if weight_grad is not None:
-            weight_grad = (weight_grad * grad.to(weight_grad.dtype)).to(ctx.weight_dtype)
+            weight_grad = weight_grad.mul_(grad.to(weight_grad.dtype)).to(ctx.weight_dtype)
         return hidden_grad, weight_grad, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a second tensor of that size where the types allow it."""
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _gradient_buffers(hidden_RH: Tensor, weight_vH: Tensor, with_grad: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -20,7 +20,7 @@ from megatron_distill.models.hf.io import SafetensorsFolder
 from megatron_distill.models.hf.mapping import export
 from megatron_distill.models.hf.stage import gather_over, load_stage, parameters_of, uses_te_names
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.runtime.mesh import zigzag_rows
+from megatron_distill.runtime.mesh import zigzag_order, zigzag_rows
 from megatron_distill.runtime.start import Runtime
 from megatron_distill.types import MicroBatch, VocabPartition
 
@@ -105,9 +105,8 @@ class Network:
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=groups.tp)
         rows = context.response_R[self.my_rows(context.rows)]
         if sizes.cp > 1:
-            everyone = torch.cat([zigzag_rows(context.cu_seqlens, sizes.cp, rank) for rank in range(sizes.cp)])
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=groups.cp)
-            rows = torch.argsort(everyone).to(rows.device)[rows]
+            rows = zigzag_order(context.cu_seqlens, sizes.cp).to(rows.device)[rows]
         hidden_RH = hidden_states.squeeze(1)[rows.to(hidden_states.device)]
         if not sizes.sequence_parallel:
             hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=groups.tp)

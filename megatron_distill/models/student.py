@@ -111,6 +111,7 @@ class Student:
         total = sum(sums.values())
         self.lr_schedule.step(increment=1)
         with self.network.runtime.backend.megatron():
+            # Megatron's own step has no place to stop between the norm and the update
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
             finite = math.isfinite(norm) and math.isfinite(total)

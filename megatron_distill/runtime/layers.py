@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_distill.runtime.mesh import zigzag_rows
+from megatron_distill.runtime.mesh import zigzag_order, zigzag_rows
 
 
 @dataclass
@@ -35,12 +35,12 @@ class PackedLayout(PackedSeqParams):
     """Row of T for each padded place; T itself (one past the end) for padding."""
     queries_SL: Tensor | None = None
     """Row of this rank's rows for each padded place of its queries."""
-    query_positions_SL: Tensor | None = None
-    """Position in the sequence of each of this rank's queries."""
     places: Tensor | None = None
     """Where each of this rank's rows lies in the flattened padded queries."""
     natural_order: Tensor | None = None
     """Row of the rank-by-rank concatenation for each row of T; None without context parallelism."""
+    visible: Tensor | None = None
+    """[S, 1, L / c, L]: a query sees the keys at its own position and before; None: torch's own causal mask."""
 
 
 def packed_layout(cu_seqlens: Tensor, cp: int, cp_rank: int) -> PackedLayout:
@@ -50,13 +50,6 @@ def packed_layout(cu_seqlens: Tensor, cp: int, cp_rank: int) -> PackedLayout:
     local_starts, local_lengths = cu_seqlens[:-1].long() // cp, lengths // cp
     local_total = int(cu_seqlens[-1]) // cp
     queries, places = _unfold(local_starts, local_lengths, total=local_total)
-    mine = zigzag_rows(cu_seqlens, cp, cp_rank)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), local_lengths)
-    positions = torch.cat([mine - cu_seqlens[:-1].long()[sequence], torch.zeros(1, dtype=torch.long)])[queries]
-    order = None
-    if cp > 1:
-        everyone = torch.cat([zigzag_rows(cu_seqlens, cp, rank) for rank in range(cp)])
-        order = torch.argsort(everyone)
     longest = int(lengths.max())
     return PackedLayout(
         qkv_format="sbhd",
@@ -64,10 +57,18 @@ def packed_layout(cu_seqlens: Tensor, cp: int, cp_rank: int) -> PackedLayout:
         max_seqlen_kv=longest,
         keys_SL=keys,
         queries_SL=queries,
-        query_positions_SL=positions,
         places=places,
-        natural_order=order,
+        natural_order=zigzag_order(cu_seqlens, cp) if cp > 1 else None,
+        visible=_visible(cu_seqlens, queries, longest, cp, cp_rank) if cp > 1 else None,
     )
+
+
+def _visible(cu_seqlens: Tensor, queries_SL: Tensor, longest: int, cp: int, cp_rank: int) -> Tensor:
+    starts, lengths = cu_seqlens[:-1].long(), (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    positions = zigzag_rows(cu_seqlens, cp, cp_rank) - torch.repeat_interleave(starts, lengths // cp)
+    # a place of padding counts as position 0: it sees one key, since attention over nothing is not a number
+    positions_SL = F.pad(positions, (0, 1))[queries_SL]
+    return (positions_SL[:, :, None] >= torch.arange(longest))[:, None]
 
 
 def _unfold(starts: Tensor, lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -96,13 +97,11 @@ class PackedAttention(MegatronModule):
         """query [T / cp, 1, heads, d], key and value [T / cp, 1, groups, d] -> [T / cp, 1, heads x d]."""
         layout = packed_seq_params
         queries = _pad(query, layout.queries_SL)
-        causal = layout.natural_order is None
         keys = _pad(self._whole(key, layout), layout.keys_SL)
         values = _pad(self._whole(value, layout), layout.keys_SL)
-        visible = None if causal else _visible(layout)
         grouped = queries.shape[1] != keys.shape[1]
         read = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=visible, is_causal=causal, enable_gqa=grouped
+            queries, keys, values, attn_mask=layout.visible, is_causal=layout.visible is None, enable_gqa=grouped
         )
         return read.transpose(1, 2).flatten(0, 1)[layout.places].reshape(query.shape[0], 1, -1)
 
@@ -117,14 +116,6 @@ def _pad(rows: Tensor, index_SL: Tensor | None) -> Tensor:
     assert index_SL is not None
     padded = F.pad(rows.squeeze(1), (0, 0, 0, 0, 0, 1))
     return padded[index_SL].transpose(1, 2)
-
-
-def _visible(layout: PackedLayout) -> Tensor:
-    """[S, 1, L / cp, L]: a query sees the keys at its own position and before."""
-    assert layout.query_positions_SL is not None
-    assert layout.keys_SL is not None
-    positions = torch.arange(layout.keys_SL.shape[1])
-    return (layout.query_positions_SL[:, :, None] >= positions)[:, None]
 
 
 class PackedRotary(torch.nn.Module):

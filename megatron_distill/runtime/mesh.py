@@ -172,3 +172,8 @@ def zigzag_rows(cu_seqlens: Tensor, cp: int, cp_rank: int) -> Tensor:
         for index in (cp_rank, 2 * cp - 1 - cp_rank):
             rows.append(torch.arange(start + index * piece, start + (index + 1) * piece))
     return torch.cat(rows)
+
+
+def zigzag_order(cu_seqlens: Tensor, cp: int) -> Tensor:
+    """For each row of T its place among all ranks' rows put end to end, int64 [T]: undoes `zigzag_rows`."""
+    return torch.argsort(torch.cat([zigzag_rows(cu_seqlens, cp, rank) for rank in range(cp)]))

@@ -26,8 +26,8 @@ class HeldOut:
     section: EvalSection
     prompts: Prompts
     tools: Tools
-    owned: RolloutEngine | None
-    """An engine of its own, where the run's source has none."""
+    follows: bool
+    """Whether its engine is the source's, which has the newest weights anyhow; otherwise it is one of its own."""
     seed: int
     folder: Path
 
@@ -39,16 +39,16 @@ class HeldOut:
         section = run.eval
         if section.data is None or section.every == 0:
             return None
-        owned = None
+        follows = engine is not None
         if engine is None:
-            owned = EmbeddedSettings().connect(
+            engine = EmbeddedSettings().connect(
                 run.student.model,
                 tokenizer,
                 valid_vocab=student.partition.valid,
                 device=student.network.runtime.backend.device,
             )
         tools = Tools(
-            engine=engine or owned,  # type: ignore[arg-type]
+            engine=engine,
             judge=run.reward.connect(),
             tokenizer=tokenizer,
             ranks=student.mesh,
@@ -58,7 +58,7 @@ class HeldOut:
             section=section,
             prompts=prompts,
             tools=tools,
-            owned=owned,
+            follows=follows,
             seed=run.train.seed,
             folder=run.paths.run / "samples",
         )
@@ -69,6 +69,6 @@ class HeldOut:
 
     def ask(self, student: Student, step: int) -> tuple[Metric, ...]:
         """avg@k, pass@k and the rest after `step` updates; collective."""
-        if self.owned is not None:
-            self.owned.load_weights(student.weights(), step)
+        if not self.follows:
+            self.tools.engine.load_weights(student.weights(), step)
         return evaluate(self.tools, self.prompts, self.section, step=step, seed=self.seed, folder=self.folder)

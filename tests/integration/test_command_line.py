@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,13 @@ paths: {run: out}
     return root
 
 
+COMMAND = [sys.executable, "-m", "megatron_distill.cli"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+
+
 def command(workplace: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "megatron_distill.cli", *words]
-    return subprocess.run(run, capture_output=True, text=True, cwd=workplace, env=environment, timeout=250)
+    run = [*COMMAND, *words]
+    return subprocess.run(run, capture_output=True, text=True, cwd=workplace, env=ENVIRONMENT, timeout=250)
 
 
 def test_a_run_from_its_first_step_to_its_evaluation(workplace: Path) -> None:
@@ -86,3 +91,23 @@ def test_what_only_a_rank_can_find_is_still_one_line(workplace: Path) -> None:
     (line,) = (workplace / "replayed" / "metrics.jsonl").read_text().splitlines()
     recorded, _ = (workplace / "recorded" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["loss/total"] == pytest.approx(json.loads(recorded)["loss/total"], rel=1e-5)
+
+
+def test_ctrl_c_in_the_middle_of_a_run_is_one_word(workplace: Path) -> None:
+    words = ["train", "run.yaml", "train.steps=100000", "paths.run=stopped"]
+    run = subprocess.Popen(
+        [*COMMAND, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=workplace,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    metrics = workplace / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the command and all that it started
+    _, told = run.communicate(timeout=60)
+    assert (run.returncode, told) == (130, "stopped\n")

@@ -64,12 +64,3 @@ def test_a_finished_run_starts_nothing(config, capsys, tmp_path):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("runs/run/checkpoints/step_000003: all 3 steps are done")
     assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["checkpoints"]
-
-
-def test_ctrl_c_is_no_traceback(config, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("megatron_distill.config.load", interrupted)
-    assert main(["config", config]) == 130
-    assert capsys.readouterr().err == "stopped\n"
