@@ -11,7 +11,6 @@ may run code when read: `to-hf` and `verify` read it from the path that was name
 from __future__ import annotations
 
 import argparse
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -49,8 +48,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 1 `verify` found a difference, 2 something to put right."""
-    # importing Megatron makes torch say that it found no GPU
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         chosen = _parser().parse_args(argv)
         return chosen.run(chosen)

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import megatron_distill
+from megatron_distill.files import write_atomically
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "datasets", "numpy", "transformer-engine", "sglang")
 
@@ -28,9 +29,8 @@ def environment() -> dict[str, object]:
 
 
 def write_environment(folder: Path) -> None:
-    """Write environment.json into a run folder; the latest start of a run counts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+    """Write environment.json into a run folder, which is made; the latest start of a run counts."""
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:
