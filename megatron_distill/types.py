@@ -286,7 +286,9 @@ class TokenStats:
     student_logp: tuple[Tensor, ...] | None = None
     """[R] each: the student's log-probs, from the engine or recomputed, as the objective asked; else None."""
     entropy: tuple[Tensor, ...] | None = None
+    """[R] each: the student's entropy in nats over the whole vocabulary."""
     teacher_logp: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    """By teacher's name, [R] each: its log-probs of the response tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,13 +296,14 @@ class Plan:
     """Everything about a step that had to be known before the backward pass."""
 
     weights: Mapping[str, tuple[Tensor, ...]]
-    """By term name: one [R] tensor per micro-batch."""
+    """By name, one [R] tensor per micro-batch: the terms' weights, and any other constant per token that `loss` reads
+    (advantages, earlier log-probs, shares of teachers)."""
     denominators: Mapping[str, float]
     """By term name: one global number."""
     metrics: tuple[Metric, ...] = ()
 
     def rows(self, micro: int, rows: slice) -> dict[str, Tensor]:
-        """By term name, the weights of some rows of one micro-batch."""
+        """By name, what is planned for some rows of one micro-batch."""
         return {name: weights[micro][rows] for name, weights in self.weights.items()}
 
 

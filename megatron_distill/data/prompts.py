@@ -46,6 +46,8 @@ class DataSection:
     """The gold answer is what follows the last such marker, e.g. `####`, without thousands commas."""
     solution_key: str | None = None
     """Column with a worked solution, for demonstrations and privileged teachers."""
+    source_key: str | None = None
+    """Column with the name of a row's source, for teachers by source; else it is the name of the file or folder."""
     system: str | None = None
     """System message put before every conversation that has none."""
     instruction: str | None = None
@@ -128,7 +130,9 @@ def _prompt(row: Row, index: int, section: DataSection, tokenizer: PreTrainedTok
         tokens=tokens,
         answer=_gold(row, section),
         hints={} if solution is None else {"solution": solution},
-        source=Path(section.prompts).stem,
+        source=Path(section.prompts).stem
+        if section.source_key is None
+        else _text(row, section.source_key, "source_key"),
     )
 
 

@@ -13,15 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_distill.errors import ConfigError
+from megatron_distill.errors import ConfigError, DataError
 from megatron_distill.types import (
     Batch,
     Fidelity,
+    MicroBatch,
     Origin,
     Plan,
     Responses,
@@ -34,8 +36,12 @@ from megatron_distill.types import (
 type State = Mapping[str, float]
 """What an objective remembers between steps; it goes into checkpoints as it is."""
 
-type Reduction = Literal["token_mean", "sequence_mean"]
-"""`token_mean`: every token of the step counts alike. `sequence_mean`: every sequence does, by its mean per token."""
+type Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+"""`token_mean`: every token of the step counts alike. `sequence_mean`: every sequence does, by its mean per token.
+`sequence_sum`: the mean over sequences of their sum over tokens, so that long ones count more."""
+
+type PerMicro = tuple[Tensor, ...]
+"""One tensor per micro-batch of this rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +53,14 @@ class Needs:
     reward: bool = False
     group: bool = False
     """Whether it compares several rollouts of one prompt."""
+    pairs: bool = False
+    """Whether every group is a pair: the chosen response with reward 1, the rejected one with reward 0."""
     student_logprobs: Literal["none", "rollout", "recompute"] = "none"
     """Which `TokenStats.student_logp` `prepare` reads: none, the engine's, or a forward pass of the trainer's."""
+    entropy: bool = False
+    """Whether `prepare` reads `TokenStats.entropy`; it comes with `student_logprobs: recompute`."""
+    teacher_logprobs: bool = False
+    """Whether `prepare` reads `TokenStats.teacher_logp`, of every teacher."""
     origins: frozenset[Origin] = frozenset(Origin)
     """Whose tokens it can learn from."""
     unfiltered_samples: bool = False
@@ -72,11 +84,29 @@ class Scope:
             dist.all_reduce(summed, group=self.data_group)
         return summed
 
-    def rng(self, *key: int | str) -> torch.Generator:
-        """A fresh CPU generator for `key`, a name and a sequence's `index_S` say: the same on every rank and rerun."""
-        text = repr((self.seed, self.step, *key)).encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    def gather(self, values: Tensor) -> Tensor:
+        """Every data-parallel rank's `values`, of any length along the first axis, put end to end in rank order."""
+        if self.data_group is None or self.data_group.size() == 1:
+            return values
+        lengths = torch.zeros(self.data_group.size(), dtype=torch.int64, device=values.device)
+        lengths[self.data_group.rank()] = len(values)
+        dist.all_reduce(lengths, group=self.data_group)
+        longest = int(lengths.max())
+        padded = values.new_zeros(longest, *values.shape[1:])
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.data_group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+
+    def uniform(self, count: int, *key: int | str) -> Tensor:
+        """`count` fp32 draws from [0, 1) that depend on seed, step and `key` alone: the same on every rank and rerun.
+
+        The key is a name and a sequence's `index_S`, say; the i-th draw is then that of its i-th response token,
+        however the step is cut (counter-based Philox).
+        """
+        digest = hashlib.blake2b(repr((self.seed, self.step, *key)).encode(), digest_size=16).digest()
+        source = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+        return torch.from_numpy(source.random(count, dtype=np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +168,75 @@ class Objective(ABC):
                 )
 
 
+def sequence_sums(micro: MicroBatch, value_R: Tensor) -> Tensor:
+    """Sum over each sequence's response tokens: [S], in at least fp32."""
+    wide = value_R if value_R.is_floating_point() else value_R.float()
+    return wide.new_zeros(len(micro.sequences)).index_add_(0, micro.segment_R, wide)
+
+
+def group_sums(batch: Batch, scope: Scope, values: PerMicro) -> Tensor:
+    """Sum of `values`, [S] per micro-batch, over each group of the step: [groups], float64, equal on every rank.
+
+    A group's sequences may lie on several data-parallel ranks.
+    """
+    sums = torch.zeros(batch.counts.groups, dtype=torch.float64, device=values[0].device)
+    for micro, value_S in zip(batch.micro, values, strict=True):
+        sums.index_add_(0, micro.group_S, value_S.double())
+    return scope.total(sums)
+
+
+def reduction_weights(
+    batch: Batch, scope: Scope, reduction: Reduction, mask: PerMicro | None = None
+) -> tuple[PerMicro, float]:
+    """Weight per token and the denominator under which they are a mean over the whole step; collective with a mask.
+
+    Args:
+        mask: 1 (or true) for tokens that count, [R] per micro-batch; None: all do. `token_mean` divides by such
+            tokens, `sequence_mean` by those of each sequence, then by sequences that have any, `sequence_sum` by
+            sequences that have any.
+    """
+    if mask is None:
+        counted: PerMicro = tuple(torch.ones(micro.rows, device=micro.target_R.device) for micro in batch.micro)
+        tokens, sequences = float(batch.counts.tokens), float(batch.counts.sequences)
+    else:
+        counted = tuple(one.float() for one in mask)
+        totals = [
+            torch.stack([one_R.sum(), (sequence_sums(micro, one_R) > 0).sum()]).double()
+            for micro, one_R in zip(batch.micro, counted, strict=True)
+        ]
+        tokens, sequences = scope.total(torch.stack(totals).sum(0)).tolist()
+    if reduction == "token_mean":
+        return counted, max(tokens, 1.0)
+    if reduction == "sequence_mean":
+        counted = tuple(
+            one_R / sequence_sums(micro, one_R).clamp(min=1.0)[micro.segment_R]
+            for micro, one_R in zip(batch.micro, counted, strict=True)
+        )
+    return counted, max(sequences, 1.0)
+
+
 def mean_plan(term: str, batch: Batch, reduction: Reduction) -> Plan:
     """The plan of an objective with one term, averaged over the whole step."""
-    if reduction == "token_mean":
-        weights = tuple(torch.ones(micro.rows, device=micro.target_R.device) for micro in batch.micro)
-        count = batch.counts.tokens
-    else:
-        weights = tuple(1.0 / micro.lengths_S()[micro.segment_R] for micro in batch.micro)
-        count = batch.counts.sequences
-    return Plan(weights={term: weights}, denominators={term: float(max(count, 1))})
+    weights, denominator = reduction_weights(batch, Scope(seed=0, step=0), reduction)
+    return Plan(weights={term: weights}, denominators={term: denominator})
+
+
+def pair_signs(batch: Batch, scope: Scope) -> PerMicro:
+    """+1 for chosen and -1 for rejected sequences, [S] per micro-batch; collective.
+
+    Raises:
+        DataError: a group is not one response with reward 1 and one with reward 0.
+    """
+    rewards = tuple(micro.reward_S for micro in batch.micro)
+    chosen = group_sums(batch, scope, tuple((one == 1).float() for one in rewards))
+    rejected = group_sums(batch, scope, tuple((one == 0).float() for one in rewards))
+    members = group_sums(batch, scope, tuple(torch.ones_like(one) for one in rewards))
+    if bool(((chosen != 1) | (rejected != 1) | (members != 2)).any()):
+        raise DataError(
+            "the objective learns from pairs: every group must hold one chosen response with reward 1 and one rejected "
+            "response with reward 0; use rollout.kind=pairs"
+        )
+    return tuple(2.0 * one - 1.0 for one in rewards)
 
 
 def teacher_shares(teachers: Mapping[str, TeacherSignal], weights: Mapping[str, float]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def test_teachers_share_equally_or_as_told() -> None:
 
 def test_randomness_is_keyed_not_streamed() -> None:
     def draw(scope: Scope, *key: int | str) -> list[float]:
-        return torch.rand(4, generator=scope.rng(*key)).tolist()
+        return scope.uniform(4, *key).tolist()
 
     scope = Scope(seed=3, step=7)
     first = draw(scope, "trust", 5)
