@@ -1,4 +1,4 @@
-"""What sampled tokens say about a divergence: the k1, k2, k3 estimators and the policy-gradient surrogate.
+"""What sampled tokens teach: the k1, k2, k3 estimators of a divergence, and policy-gradient surrogates.
 
 How an estimator is used decides what it teaches. For y ~ q, the expected gradient is
 
@@ -13,7 +13,13 @@ Source: J. Schulman, "Approximating KL divergence" (2020); checked by enumeratio
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
+
+LARGEST_LOG_RATIO = 20.0
+"""Importance ratios of unclipped tokens stop growing at e^20, where any update is lost anyway: sums stay finite."""
 
 
 def k1(logp_R: Tensor, teacher_logp_R: Tensor) -> Tensor:
@@ -40,3 +46,28 @@ def policy_gradient(logp_R: Tensor, advantage_R: Tensor, behaviour_logp_R: Tenso
     """
     behaviour = logp_R if behaviour_logp_R is None else behaviour_logp_R
     return -(logp_R - behaviour.detach()).exp() * advantage_R.detach()
+
+
+def clipped_surrogate(
+    logp_R: Tensor,
+    old_logp_R: Tensor,
+    advantage_R: Tensor,
+    low: float,
+    high: float,
+    dual: float | None = None,
+) -> Tensor:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) with r = exp(log q - log q_old), to be minimised: [R].
+
+    Its gradient is -A r grad log q(y), or 0 where r has already gone beyond the bound that A pushes it to: above
+    1 + high where A > 0, below 1 - low where A < 0. Source: PPO (arXiv 1707.06347, equation 7); high > low is DAPO's
+    clip-higher (arXiv 2503.14476). For A < 0 a large r is not clipped, and one token may outweigh all others; `dual`
+    bounds the value by -A dual there (dual-clip PPO, arXiv 1912.09729, equation 5).
+    """
+    log_ratio_R = logp_R - old_logp_R.detach()
+    largest = LARGEST_LOG_RATIO if dual is None else math.log(dual)
+    smallest = math.log1p(-low) if low < 1 else -math.inf
+    # Where A > 0 only the upper bound can be the larger of the two, where A < 0 only the lower one.
+    raised_R = log_ratio_R.clamp(max=math.log1p(high)).exp()
+    lowered_R = log_ratio_R.clamp(min=smallest, max=largest).exp()
+    advantage_R = advantage_R.detach()
+    return -advantage_R * torch.where(advantage_R >= 0, raised_R, lowered_R)

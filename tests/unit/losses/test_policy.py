@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_distill.losses.policy import k1, k2, k3, policy_gradient
+from megatron_distill.losses.policy import clipped_surrogate, k1, k2, k3, policy_gradient
 from megatron_distill.losses.vocab import logprob
 from megatron_distill.types import VocabPartition, VocabShard
 from tests.oracles import dense
@@ -84,3 +84,63 @@ def test_another_behaviour_policy_scales_by_the_importance_ratio() -> None:
     assert logp.grad is not None
     assert value.item() == pytest.approx(-2.0 * torch.tensor(0.5).exp().item())
     assert logp.grad.item() == pytest.approx(value.item())
+
+
+RATIOS = [1e-3, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 20.0]
+
+
+def _value_and_slope(
+    advantage: float, low: float, high: float, dual: float | None = None
+) -> tuple[list[float], list[float]]:
+    """At each of `RATIOS`: the surrogate, and its derivative in log q(y)."""
+    old = torch.linspace(-7.0, -0.1, len(RATIOS), dtype=torch.float64)
+    logp = (old + torch.tensor(RATIOS, dtype=torch.float64).log()).requires_grad_()
+    value = clipped_surrogate(logp, old, torch.full_like(old, advantage), low, high, dual)
+    value.sum().backward()
+    assert logp.grad is not None
+    return value.tolist(), logp.grad.tolist()
+
+
+@pytest.mark.parametrize("advantage", [1.5, -0.5, 0.0])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (1.0, 0.28)])
+def test_clipped_surrogate_is_the_larger_of_the_two_losses(advantage: float, low: float, high: float) -> None:
+    values, slopes = _value_and_slope(advantage, low, high)
+    for ratio, value, slope in zip(RATIOS, values, slopes, strict=True):
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        assert value == pytest.approx(max(-advantage * ratio, -advantage * clipped), abs=1e-12)
+        beyond = (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low)
+        assert slope == pytest.approx(0.0 if beyond else -advantage * ratio, abs=1e-12)
+
+
+def test_only_dual_clip_stops_a_likely_token_of_negative_advantage() -> None:
+    _, slopes = _value_and_slope(-1.0, 0.2, 0.2)
+    assert slopes[-1] == pytest.approx(20.0)
+    values, slopes = _value_and_slope(-1.0, 0.2, 0.2, dual=3.0)
+    assert values[-3:] == pytest.approx([2.9, 3.0, 3.0])
+    assert slopes[-3:] == pytest.approx([2.9, 0.0, 0.0])
+    assert _value_and_slope(1.0, 0.2, 0.2, dual=3.0) == _value_and_slope(1.0, 0.2, 0.2)
+
+
+def test_the_surrogates_agree_where_the_weights_have_not_moved() -> None:
+    logp, advantage = torch.tensor([-1.0, -4.0], requires_grad=True), torch.tensor([2.0, -1.0])
+    slopes = [
+        torch.autograd.grad(surrogate.sum(), logp)[0]
+        for surrogate in (
+            clipped_surrogate(logp, logp.detach(), advantage, 0.2, 0.2),
+            policy_gradient(logp, advantage),
+        )
+    ]
+    assert slopes[0].tolist() == slopes[1].tolist() == [-2.0, 1.0]
+
+
+def test_clipped_surrogate_is_finite_300_nats_away_and_constants_get_no_gradient() -> None:
+    logp = torch.tensor([-300.0, 0.0, -300.0, 0.0], requires_grad=True)
+    old = torch.tensor([0.0, -300.0, 0.0, -300.0], requires_grad=True)
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)
+    value = clipped_surrogate(logp, old, advantage, 0.2, 0.2)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert logp.grad is not None
+    assert logp.grad.isfinite().all()
+    assert old.grad is None
+    assert advantage.grad is None
