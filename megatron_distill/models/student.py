@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_distill.errors import DistillError
 from megatron_distill.losses.chunk import linear_rows
-from megatron_distill.losses.vocab import logprob
+from megatron_distill.losses.vocab import logprob, logprob_and_entropy
 from megatron_distill.models.build import Recompute
 from megatron_distill.models.network import Network
 from megatron_distill.models.optimizer import OptimizerSection, build_optimizer, wrap_in_ddp
@@ -95,7 +95,14 @@ class Student:
 
     def score(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, ...]:
         """Log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank."""
-        return score(self.network, batch, temperature, self.chunk_rows)
+        return tuple(found_R1[:, 0] for found_R1 in score(self.network, batch, temperature, self.chunk_rows))
+
+    def score_with_entropy(
+        self, batch: Batch, temperature: float = 1.0
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`score`, and the entropy in nats of the distribution that each token was drawn from, in one pass."""
+        found = score(self.network, batch, temperature, self.chunk_rows, entropy=True)
+        return tuple(both_R2[:, 0] for both_R2 in found), tuple(both_R2[:, 1] for both_R2 in found)
 
     def step(self, batch: Batch, loss: MicroLoss, *, skip_nonfinite: bool = False) -> StepReport:
         """Forward, backward, update.
@@ -127,19 +134,27 @@ class Student:
         return StepReport(metrics=metrics, loss=total, grad_norm=norm, lr=lr, skipped=not finite)
 
 
-def score(network: Network, batch: Batch, temperature: float, chunk_rows: int) -> tuple[Tensor, ...]:
-    """Log-probs of the response tokens under any network: one [R] per micro-batch, on every model-parallel rank."""
+def score(
+    network: Network, batch: Batch, temperature: float, chunk_rows: int, *, entropy: bool = False
+) -> tuple[Tensor, ...]:
+    """Log-probs of the response tokens under any network, and the entropy beside them if it is wanted.
+
+    One [R, 1] or [R, 2] per micro-batch, on every model-parallel rank.
+    """
     mesh, device = network.runtime.mesh, network.runtime.backend.device
 
-    def logprobs(hidden_RH: Tensor, mine: slice, index: int) -> Tensor:
+    def scores(hidden_RH: Tensor, mine: slice, index: int) -> Tensor:
         target_R = batch.micro[index].target_R[mine].to(device)
 
         def chunk(logits_Cv: Tensor, rows: slice) -> Tensor:
-            return logprob(VocabShard.of(logits_Cv, network.partition, temperature), target_R[rows])
+            shard = VocabShard.of(logits_Cv, network.partition, temperature)
+            if entropy:
+                return torch.stack(logprob_and_entropy(shard, target_R[rows]), dim=-1)
+            return logprob(shard, target_R[rows])[:, None]
 
         return linear_rows(hidden_RH, network.head(), chunk, chunk_rows)
 
-    found = network.read_responses(batch.micro, logprobs) or tuple(
-        torch.zeros(micro.rows, device=device) for micro in batch.micro
+    found = network.read_responses(batch.micro, scores) or tuple(
+        torch.zeros(micro.rows, 2 if entropy else 1, device=device) for micro in batch.micro
     )
-    return tuple(mesh.from_last_stage(values_R) for values_R in found)
+    return tuple(mesh.from_last_stage(values) for values in found)

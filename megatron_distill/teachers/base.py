@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from megatron_distill.models.student import Student
-from megatron_distill.runtime.start import Runtime
-from megatron_distill.types import Batch, Fidelity, TeacherSignal, VocabPartition
+from megatron_distill.types import Batch, Fidelity, TeacherSignal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Teacher(Protocol):
@@ -33,5 +35,5 @@ class TeacherPart(ABC):
         """Model folder whose tokenizer and vocabulary must be the student's; None when it is the student itself."""
 
     @abstractmethod
-    def connect(self, runtime: Runtime, partition: VocabPartition) -> Teacher:
-        """Load it; `partition` is the student's cut of the vocabulary, on which signals must be laid out."""
+    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> Teacher:
+        """Load it into the student's mesh; signals are laid out on the student's cut of the vocabulary."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
-from megatron_distill.runtime.start import Runtime
 from megatron_distill.teachers.base import TeacherPart
 from megatron_distill.types import Batch, Fidelity, Full, TeacherSignal, VocabPartition
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +39,9 @@ class FrozenPart(TeacherPart):
         """Where its tokenizer lies."""
         return self.model
 
-    def connect(self, runtime: Runtime, partition: VocabPartition) -> Frozen:
+    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> Frozen:
         """Load the weights on every rank of the mesh."""
+        runtime, partition = student.network.runtime, student.partition
         network = Network.load(self.model, runtime, valid_vocab=partition.valid)
         network.module.requires_grad_(False)
         head = relaid_head(network, partition) if runtime.mesh.is_last_stage else None

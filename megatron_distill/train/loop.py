@@ -73,7 +73,7 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
     with clock("teacher"):
         signals: Signals = {name: teacher.signal(batch) for name, teacher in parts.teachers.items()}
     with clock("score"):
-        stats = token_stats(student, batch, run.objective.needs, run.objective.temperature)
+        stats = token_stats(student, batch, signals, run.objective.needs, run.objective.temperature)
     scope = Scope(seed=run.train.seed, step=step, data_group=runtime.mesh.groups.dp)
     plan, progress.objective = run.objective.prepare(stats, batch, scope, progress.objective)
     with clock("train"):
@@ -100,7 +100,7 @@ def connect(run: RunConfig, runtime: Runtime) -> Iterator[Parts]:
         chunk_rows=run.train.chunk_rows,
         valid_vocab=shared_vocab(run),
     )
-    teachers = {name: part.connect(runtime, student.partition) for name, part in run.teachers.items()}
+    teachers = {name: part.connect(student, tokenizer) for name, part in run.teachers.items()}
     with ExitStack() as stack:
         source = stack.enter_context(closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))))
         held_out = HeldOut.connect(run, student, tokenizer, source.engine)

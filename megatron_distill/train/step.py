@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_distill.losses.reduce import reduce
+from megatron_distill.losses.signal import teacher_logprob
 from megatron_distill.models.student import Student
 from megatron_distill.objectives.base import Needs, Objective
 from megatron_distill.types import (
@@ -24,16 +26,38 @@ type Signals = Mapping[str, tuple[TeacherSignal, ...]]
 """By teacher name: one signal per micro-batch; empty on stages that see no logits."""
 
 
-def token_stats(student: Student, batch: Batch, needs: Needs, temperature: float) -> TokenStats:
-    """The detached per-token numbers that an objective asked for, before the backward pass.
-
-    The student's log-probs are the engine's, or computed again by the trainer with `student_logprobs: recompute`.
-    """
-    if needs.student_logprobs == "none":
-        return TokenStats()
+def token_stats(student: Student, batch: Batch, signals: Signals, needs: Needs, temperature: float) -> TokenStats:
+    """The detached per-token numbers that an objective asked for, before the backward pass, equal on all its ranks."""
+    student_logp = entropy = None
+    if needs.entropy:
+        student_logp, entropy = student.score_with_entropy(batch, temperature)
+    elif needs.student_logprobs == "recompute":
+        student_logp = student.score(batch, temperature)
     if needs.student_logprobs == "rollout":
-        return TokenStats(student_logp=tuple(micro.rollout_logp_R for micro in batch.micro))
-    return TokenStats(student_logp=student.score(batch, temperature))
+        student_logp = tuple(micro.rollout_logp_R for micro in batch.micro)
+    teacher_logp = {}
+    if needs.teacher_logprobs:
+        teacher_logp = {name: teacher_scores(student, batch, each, temperature) for name, each in signals.items()}
+    return TokenStats(student_logp=student_logp, entropy=entropy, teacher_logp=teacher_logp)
+
+
+@torch.no_grad()
+def teacher_scores(
+    student: Student, batch: Batch, signals: tuple[TeacherSignal, ...], temperature: float
+) -> tuple[Tensor, ...]:
+    """A teacher's log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank."""
+    found = []
+    for index, micro in enumerate(batch.micro):
+        if signals:
+            starts = range(0, max(micro.rows, 1), student.chunk_rows)
+            rows = [slice(start, start + student.chunk_rows) for start in starts]
+            logp_R = torch.cat(
+                [teacher_logprob(signals[index].rows(one), micro.target_R[one], temperature).float() for one in rows]
+            )
+        else:
+            logp_R = torch.zeros(micro.rows, device=micro.target_R.device)
+        found.append(student.mesh.from_last_stage(logp_R))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,7 +132,7 @@ def one_step(
         steps=1,
         chunk_rows=cut.chunk_rows,
     )
-    teacher = FrozenPart(model=teacher_folder).connect(runtime, student.partition)
+    teacher = FrozenPart(model=teacher_folder).connect(student, tokenizer=None)  # type: ignore[arg-type]
     before = {name: tensor.clone() for name, tensor in student.weights()}
     batch = pack(
         rollouts(cut.sequences),
@@ -145,7 +145,7 @@ def one_step(
         version=0,
     )
     signals = {} if objective.needs.teacher is None else {"teacher": teacher.signal(batch)}
-    stats = token_stats(student, batch, objective.needs, objective.temperature)
+    stats = token_stats(student, batch, signals, objective.needs, objective.temperature)
     scope = Scope(seed=0, step=0, data_group=runtime.mesh.groups.dp)
     plan, _ = objective.prepare(stats, batch, scope, objective.initial())
     report = student.step(batch, bind(objective, signals, plan, batch, student.partition))

@@ -112,7 +112,7 @@ def take_steps(student: Student, begin: int, end: int, kept: dict[str, Any] | No
     reports, before = [], weights_of(student)
     for step in range(begin, end):
         batch = batch_of(step, runtime)
-        stats = token_stats(student, batch, objective.needs, objective.temperature)
+        stats = token_stats(student, batch, {}, objective.needs, objective.temperature)
         scope = Scope(seed=0, step=step, data_group=runtime.mesh.groups.dp)
         plan, _ = objective.prepare(stats, batch, scope, objective.initial())
         reports.append(student.step(batch, bind(objective, {}, plan, batch, student.partition)))
