@@ -98,22 +98,16 @@ class Step:
 
     def mean(self, value_R: Tensor, reduction: str, mask_R: Tensor | None = None) -> Tensor:
         """`token_mean`: over the masked tokens. `sequence_mean`: over the sequences with a masked token, of their mean
-        per masked token. `sequence_sum`: over all sequences, of their sum over masked tokens. No mask: all tokens.
+        per masked token. `sequence_sum`: over the same sequences, of their sum over masked tokens. No mask: all.
         """
         mask_R = torch.ones_like(value_R) if mask_R is None else mask_R.to(value_R)
         value_R = torch.where(mask_R > 0, value_R * mask_R, 0.0)
         if reduction == "token_mean":
             return value_R.sum() / max(float(mask_R.sum()), 1.0)
-        sums, counts = [], []
-        for sequence in self.sequences:
-            rows = self.rows(sequence)
-            sums.append(value_R[rows].sum())
-            counts.append(float(mask_R[rows].sum()))
-        if reduction == "sequence_sum":
-            return torch.stack(sums).sum() / len(sums)
-        assert reduction == "sequence_mean", reduction
-        means = [one / count for one, count in zip(sums, counts, strict=True) if count > 0]
-        return torch.stack(means).mean() if means else torch.stack(sums).sum()
+        assert reduction in ("sequence_mean", "sequence_sum"), reduction
+        found = [(value_R[rows].sum(), float(mask_R[rows].sum())) for rows in map(self.rows, self.sequences)]
+        parts = [total / count if reduction == "sequence_mean" else total for total, count in found if count > 0]
+        return torch.stack(parts).mean() if parts else value_R.sum()
 
     def teacher_average(
         self,

@@ -1,0 +1,93 @@
+"""What is to be certified: every objective, by its file name, under every setting that its oracle's file lists."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from megatron_distill.objectives.base import Objective, State
+from megatron_distill.plugins import kinds, load
+from tests.oracles import dense
+
+OBJECTIVES = "megatron_distill.objectives"
+NAMES = ("big", "small", "third")
+"""Of teachers whose number only matters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One objective as a config may set it, and what it works on."""
+
+    kind: str
+    fields: Mapping[str, Any]
+    teachers: tuple[str, ...]
+    data: str
+    state: State
+
+    @property
+    def objective(self) -> Objective:
+        """A new one."""
+        return load(OBJECTIVES, self.kind, Objective)(**self.fields)
+
+    def oracle(self, step: dense.Step) -> Tensor:
+        """What the loss should be."""
+        answer = oracle_of(self.kind).oracle(step, asdict(self.objective))
+        assert isinstance(answer, Tensor)
+        return answer
+
+    def __str__(self) -> str:
+        parts = [f"{name}={value}" for name, value in self.fields.items()] or ["defaults"]
+        if self.teachers:
+            parts.append(f"teachers={'+'.join(self.teachers)}")
+        if self.state:
+            parts.append(f"state={dict(self.state)}")
+        return f"{self.kind} ({', '.join(parts)})"
+
+
+def objectives() -> list[str]:
+    """All there are."""
+    return kinds(OBJECTIVES)
+
+
+def oracle_of(kind: str) -> ModuleType:
+    """Its oracle's module."""
+    return importlib.import_module(f"tests.oracles.{kind}")
+
+
+def settings(kind: str) -> list[Setting]:
+    """Every setting that the oracle lists, with all its teachers and states."""
+    oracle = oracle_of(kind)
+    data = getattr(oracle, "DATA", "sampled")
+    found = []
+    for fields in oracle.FIELDS:
+        objective = load(OBJECTIVES, kind, Objective)(**fields)
+        for teachers in _teachers(objective, fields, oracle.TEACHERS):
+            for state in getattr(oracle, "STATES", ({},)):
+                found.append(
+                    Setting(
+                        kind=kind,
+                        fields=fields,
+                        teachers=teachers,
+                        data=data(asdict(objective)) if callable(data) else data,
+                        state={**objective.initial(), **state},
+                    )
+                )
+    return found
+
+
+def _teachers(objective: Objective, fields: Mapping[str, Any], listed: tuple[Any, ...]) -> list[tuple[str, ...]]:
+    if objective.needs.teacher is None:
+        return [()]
+    if fields.get("teacher_weights"):
+        return [tuple(fields["teacher_weights"])]
+    if fields.get("teacher_sources"):
+        return [tuple(sorted(set(fields["teacher_sources"].values())))]
+    named = [NAMES[:one] if isinstance(one, int) else tuple(one) for one in listed]
+    found = [one for one in named if one]
+    assert found, f"{type(objective).__name__} with {dict(fields)} needs a teacher: TEACHERS={listed} has none"
+    return found
