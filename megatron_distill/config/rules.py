@@ -13,8 +13,6 @@ from megatron_distill.config.read import kind_of
 from megatron_distill.config.run import RunConfig
 from megatron_distill.errors import ConfigError, ModelError
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.objectives.base import teacher_shares
-from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.start import world_size
@@ -78,15 +76,19 @@ def teachers_say_enough(run: RunConfig) -> str | None:
     return None
 
 
-def teacher_weights_name_the_teachers(run: RunConfig) -> str | None:
-    weights = getattr(run.objective, "teacher_weights", {})
-    if not run.teachers or not weights:
+def teachers_have_the_names_that_the_objective_uses(run: RunConfig) -> str | None:
+    names = run.objective.needs.teacher_names
+    if not names or names == run.teachers.keys():
         return None
-    try:
-        teacher_shares(dict.fromkeys(run.teachers), weights)  # type: ignore[arg-type]
-    except ConfigError as error:
-        return str(error)
-    return None
+    missing, surplus = sorted(names - run.teachers.keys()), sorted(run.teachers.keys() - names)
+    return (
+        f"teachers: {', '.join(run.teachers) or 'none'} given, {_objective(run)} with these settings uses "
+        f"{', '.join(sorted(names))}: "
+        + " and ".join(
+            [f"add teachers.{name}" for name in missing]
+            + [f"take out teachers.{name} (=null) or name it in the objective's settings" for name in surplus]
+        )
+    )
 
 
 def objective_needs_a_reward(run: RunConfig) -> str | None:
@@ -126,17 +128,28 @@ def objective_compares_rollouts_of_a_prompt(run: RunConfig) -> str | None:
 
 
 def objective_learns_from_who_wrote(run: RunConfig) -> str | None:
-    if Origin.CONSTRUCTED in run.objective.needs.origins:
-        return None
-    if isinstance(run.rollout, Generate) and run.rollout.on_policy_fraction < 1:
-        given = f"rollout.on_policy_fraction={run.rollout.on_policy_fraction}"
-    elif isinstance(run.rollout, Demonstrations):
-        given = "rollout.kind=demonstrations"
-    else:
+    given, allowed = run.rollout.origins, run.objective.needs.origins
+    if given is None or given <= allowed:
         return None
     return (
-        f"{given} gives the data's solutions, {_objective(run)} with these settings learns only from what the "
-        "student wrote: set rollout.kind=generate with on_policy_fraction=1, or another objective.divergence"
+        f"{_rollout(run)} gives tokens of {_authors(given)}, {_objective(run)} with these settings learns only from "
+        f"those of {_authors(allowed)}: change rollout.kind or rollout.on_policy_fraction, or take settings or an "
+        "objective that learn from any (objective.divergence=reverse_kl, objective.kind=gkd)"
+    )
+
+
+def objective_and_rollouts_agree_on_pairs(run: RunConfig) -> str | None:
+    given, needed = run.rollout.gives_pairs, run.objective.needs.pairs
+    if given is None or given == needed:
+        return None
+    if needed:
+        return (
+            f"{_rollout(run)} gives no pairs, {_objective(run)} learns from a chosen and a rejected response to each "
+            "prompt: set rollout.kind=pairs, or replay traces of pairs"
+        )
+    return (
+        f"{_rollout(run)} gives a rejected response with each chosen one, {_objective(run)} would learn from both "
+        "alike: set objective.kind=redi, dpo or simpo, or rollout.kind=demonstrations"
     )
 
 
@@ -193,11 +206,12 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_needs_a_teacher,
     objective_reads_its_teachers,
     teachers_say_enough,
-    teacher_weights_name_the_teachers,
+    teachers_have_the_names_that_the_objective_uses,
     objective_needs_a_reward,
     objective_reads_log_probs_of_rollouts,
     objective_compares_rollouts_of_a_prompt,
     objective_learns_from_who_wrote,
+    objective_and_rollouts_agree_on_pairs,
     objective_learns_from_unfiltered_samples,
     evaluation_has_prompts,
     evaluation_has_a_judge,
@@ -209,6 +223,15 @@ MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (tp_divides
 
 def _objective(run: RunConfig) -> str:
     return f"objective.kind={kind_of(run.objective)}"
+
+
+def _rollout(run: RunConfig) -> str:
+    return f"rollout.kind={kind_of(run.rollout)}"
+
+
+def _authors(origins: frozenset[Origin]) -> str:
+    words = {Origin.STUDENT: "the student", Origin.TEACHER: "a teacher", Origin.CONSTRUCTED: "the data"}
+    return " and ".join(words[origin] for origin in sorted(origins))
 
 
 def _divides(setting: str, parts: int, counts: list[tuple[int, str]]) -> str | None:

@@ -52,6 +52,11 @@ class Supervised(Objective):
         """What `compare` asks of a teacher."""
         return Fidelity.FULL if self.support == "full" else Fidelity.TOP_K
 
+    @property
+    def named_teachers(self) -> frozenset[str]:
+        """For `Needs.teacher_names`: those that the settings speak of."""
+        return frozenset(self.teacher_weights) | frozenset(self.teacher_sources.values())
+
     def supervised_plan(self, term: str, batch: Batch, scope: Scope, mask: PerMicro | None = None) -> Plan:
         """The plan of one term: its mean by `reduction` over the tokens that `mask` counts, and what `blend` reads."""
         weights, denominator = reduction_weights(batch, scope, self.reduction, mask)

@@ -50,6 +50,8 @@ class Needs:
 
     teacher: Fidelity | None = None
     """The least that a teacher's signal must carry; None: no teacher."""
+    teacher_names: frozenset[str] = frozenset()
+    """Teachers that must be there by these names, such as a `reference`; none may be there besides. Empty: any."""
     reward: bool = False
     group: bool = False
     """Whether it compares several rollouts of one prompt."""

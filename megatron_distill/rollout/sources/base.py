@@ -16,7 +16,7 @@ from megatron_distill.data.prompts import Prompts
 from megatron_distill.rewards.base import Verifier
 from megatron_distill.rollout.base import RolloutEngine
 from megatron_distill.rollout.sample import Ranks
-from megatron_distill.types import Prompt, Scored
+from megatron_distill.types import Origin, Prompt, Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +92,13 @@ class SourcePart(ABC):
 
     gives_logprobs: ClassVar[bool]
     """Whether its rollouts may carry the log-probs of who wrote them."""
+    gives_pairs: ClassVar[bool | None] = False
+    """Whether every group is a chosen and a rejected response; None: only its data can tell."""
+
+    @property
+    @abstractmethod
+    def origins(self) -> frozenset[Origin] | None:
+        """Whose tokens its rollouts may hold; None: only its data can tell."""
 
     @abstractmethod
     def connect(self, surroundings: Surroundings) -> Source:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from megatron_distill.rollout.demonstrate import check_solutions, demonstrate
 from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
-from megatron_distill.types import Scored
+from megatron_distill.types import Origin, Scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,11 @@ class Demonstrations(SourcePart):
     def __post_init__(self) -> None:
         if self.max_response_tokens < 1:
             raise ValueError(f"max_response_tokens={self.max_response_tokens}: must be at least 1")
+
+    @property
+    def origins(self) -> frozenset[Origin]:
+        """The data's."""
+        return frozenset({Origin.CONSTRUCTED})
 
     def connect(self, surroundings: Surroundings) -> Demonstrating:
         """The live source.

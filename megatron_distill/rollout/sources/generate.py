@@ -12,7 +12,7 @@ from megatron_distill.rollout.demonstrate import check_solutions, demonstrate
 from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
 from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
-from megatron_distill.types import Prompt, Scored
+from megatron_distill.types import Origin, Prompt, Scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +37,11 @@ class Generate(SourcePart):
             raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: must be at least 1")
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction={self.on_policy_fraction}: must be from 0 to 1")
+
+    @property
+    def origins(self) -> frozenset[Origin]:
+        """The student's, and the data's where a step may be off-policy."""
+        return frozenset({Origin.STUDENT} if self.on_policy_fraction == 1 else {Origin.STUDENT, Origin.CONSTRUCTED})
 
     def connect(self, surroundings: Surroundings) -> Generating:
         """With an engine that has no weights yet: publish the student first.

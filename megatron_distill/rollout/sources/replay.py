@@ -18,9 +18,15 @@ class Replay(SourcePart):
     """The rollouts that were recorded for each step, with their log-probs and rewards."""
 
     gives_logprobs: ClassVar[bool] = True
+    gives_pairs: ClassVar[bool | None] = None
 
     path: Path
     """The `traces/` folder of a run with rollout.record=true, or one file of it."""
+
+    @property
+    def origins(self) -> None:
+        """Only the traces can tell."""
+        return None
 
     def connect(self, surroundings: Surroundings) -> Replaying:
         """The live source.

@@ -30,15 +30,16 @@ def test_a_sound_config_passes(run_file):
         ),
         (
             "objective.teacher_weights={small: 1}",
-            "objective.teacher_weights: names ['small'], the teachers are ['big']",
+            "teachers: big given, objective.kind=opd with these settings uses small: add teachers.small and take out "
+            "teachers.big (=null)",
         ),
         ("parallel.tp=4", "parallel.tp=4: does not divide the 2 key-value heads of student.model; allowed: 1, 2"),
         ("parallel.pp=4", "parallel.pp=4: does not divide the 2 layers of student.model; allowed: 1, 2"),
         (
             "rollout={kind: demonstrations}",
-            "rollout.kind=demonstrations gives the data's solutions, objective.kind=opd",
+            "rollout.kind=demonstrations gives tokens of the data, objective.kind=opd with these settings learns only",
         ),
-        ("rollout.on_policy_fraction=0.5", "rollout.on_policy_fraction=0.5 gives the data's solutions"),
+        ("rollout.on_policy_fraction=0.5", "rollout.kind=generate gives tokens of the student and the data, objective"),
         (
             "rollout.sampling.top_p=0.9",
             "rollout.sampling.top_p=0.9: objective.kind=opd with these settings needs samples of the student's own",
