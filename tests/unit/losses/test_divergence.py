@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_distill.losses.divergence import forward_kl, jsd, reverse_kl
+from megatron_distill.losses.divergence import (
+    divergence,
+    forward_kl,
+    jsd,
+    mixed_kl,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    total_variation,
+)
+from megatron_distill.losses.kinds import Clip, Divergence
 from megatron_distill.losses.vocab import entropy, logprob
 from megatron_distill.types import VocabPartition, VocabShard
 
@@ -20,45 +30,71 @@ def _shard(logits: Tensor, temperature: float = 1.0, valid: int | None = None) -
     return VocabShard.of(logits, partition, temperature)
 
 
-def _golden(name: str, temperature: float = 1.0) -> tuple[float, list[float]]:
+def _golden(kind: Divergence, temperature: float = 1.0, clip: Clip | None = None) -> tuple[float, list[float]]:
     """Value and gradient in the raw student logits."""
     logits = torch.tensor([STUDENT], dtype=torch.float64, requires_grad=True)
     student = _shard(logits, temperature)
     teacher = _shard(torch.tensor([TEACHER], dtype=torch.float64), temperature)
-    kind, _, beta = name.partition(":")
-    if kind == "jsd":
-        value = jsd(student, teacher, float(beta))
-    else:
-        value = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}[kind](student, teacher)
+    value = divergence(student, teacher, kind, clip=clip)
     value.sum().backward()
     assert logits.grad is not None
     return value.item(), logits.grad[0].tolist()
 
 
+FORWARD, REVERSE, HALF = Divergence("forward_kl"), Divergence("reverse_kl"), Divergence("jsd", 0.5)
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "gradient"),
+    ("kind", "value", "gradient"),
     [
-        ("forward_kl", 0.5739102485, [0.4185215310, -0.5163070416, 0.0769485505, 0.0208369601]),
-        ("reverse_kl", 0.6783830802, [0.4608556750, -0.5272705681, 0.0434702401, 0.0229446530]),
-        ("jsd:0.5", 0.1463211437, [0.0967758667, -0.1167742137, 0.0151801603, 0.0048181867]),
-        ("jsd:0.1", 0.0514349723, None),
-        ("jsd:0.9", 0.0582944254, None),
+        (FORWARD, 0.5739102485, [0.4185215310, -0.5163070416, 0.0769485505, 0.0208369601]),
+        (REVERSE, 0.6783830802, [0.4608556750, -0.5272705681, 0.0434702401, 0.0229446530]),
+        (HALF, 0.1463211437, [0.0967758667, -0.1167742137, 0.0151801603, 0.0048181867]),
+        (Divergence("jsd", 0.1), 0.0514349723, None),
+        (Divergence("jsd", 0.9), 0.0582944254, None),
+        (Divergence("skew_forward_kl", 0.1), 0.4619562910, None),
+        (Divergence("skew_reverse_kl", 0.1), 0.5035446022, None),
+        (Divergence("total_variation"), 0.5163070416, None),
+        (Divergence("mixed_kl", 0.25), 0.25 * 0.5739102485 + 0.75 * 0.6783830802, None),
     ],
+    ids=str,
 )
-def test_golden_vectors(name: str, value: float, gradient: list[float] | None) -> None:
-    found_value, found_gradient = _golden(name)
-    assert found_value == pytest.approx(value, abs=1e-10)
-    assert sum(found_gradient) == pytest.approx(0.0, abs=1e-15)
+def test_golden_vectors(kind: Divergence, value: float, gradient: list[float] | None) -> None:
+    found_value, found_gradient = _golden(kind)
+    assert found_value == pytest.approx(value, abs=2e-10)
+    assert sum(found_gradient) == pytest.approx(0.0, abs=4e-15)
     if gradient is not None:
         assert found_gradient == pytest.approx(gradient, abs=1e-10)
 
 
+def test_a_pointwise_clip_gates_and_does_not_bound() -> None:
+    """A clipped id that the teacher wants more of is pushed *down*, and the loss may be negative (OPSD's clip)."""
+    value, gradient = _golden(FORWARD, clip=Clip(high=0.05))
+    assert value == pytest.approx(-0.1777463682, abs=1e-10)
+    assert gradient == pytest.approx([-0.0278992039, 0.0519496030, -0.0226613796, -0.0013890196], abs=1e-10)
+    # Bounded from below too, the only positive entry is a constant, and so are the negative ones.
+    assert _golden(FORWARD, clip=Clip(low=0.0, high=0.05)) == (pytest.approx(0.05, abs=1e-15), [0.0] * 4)
+
+
+@pytest.mark.parametrize(
+    "kind", [FORWARD, REVERSE, HALF, Divergence("skew_reverse_kl", 0.3), Divergence("mixed_kl", 0.6)], ids=str
+)
+def test_a_clip_that_is_never_reached_changes_nothing_but_one_at_zero_does(kind: Divergence) -> None:
+    value, gradient = _golden(kind)
+    for clip in (Clip(), Clip(high=1e6), Clip(low=-1e6, high=1e6)):
+        found_value, found_gradient = _golden(kind, clip=clip)
+        assert found_value == pytest.approx(value, abs=1e-14)
+        assert found_gradient == pytest.approx(gradient, abs=1e-14)
+    if kind in (FORWARD, REVERSE):
+        assert _golden(kind, clip=Clip(low=0.0))[0] > value
+
+
 def test_temperature_divides_both_models_and_there_is_no_factor_of_its_square() -> None:
-    value, gradient = _golden("forward_kl", temperature=2.0)
+    value, gradient = _golden(FORWARD, temperature=2.0)
     assert value == pytest.approx(0.1717410294, abs=1e-10)
     assert gradient == pytest.approx([0.0921377389, -0.1414692555, 0.0287728082, 0.0205587084], abs=1e-10)
-    assert _golden("reverse_kl", temperature=2.0)[0] == pytest.approx(0.1675457053, abs=1e-10)
-    assert _golden("jsd:0.5", temperature=2.0)[0] == pytest.approx(0.0417563123, abs=1e-10)
+    assert _golden(REVERSE, temperature=2.0)[0] == pytest.approx(0.1675457053, abs=1e-10)
+    assert _golden(HALF, temperature=2.0)[0] == pytest.approx(0.0417563123, abs=1e-10)
 
 
 def test_golden_entropies_and_logprobs() -> None:
@@ -69,10 +105,21 @@ def test_golden_entropies_and_logprobs() -> None:
     assert probabilities == pytest.approx([0.5320711504, 0.3227174659, 0.1187211210, 0.0264902627], abs=1e-10)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_equal_models_have_no_divergence_and_no_gradient(beta: float) -> None:
+KINDS = [
+    FORWARD,
+    REVERSE,
+    Divergence("jsd", 0.3),
+    Divergence("skew_forward_kl", 0.1),
+    Divergence("skew_reverse_kl", 0.1),
+    Divergence("mixed_kl", 0.7),
+    Divergence("total_variation"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_equal_models_have_no_divergence_and_no_gradient(kind: Divergence) -> None:
     logits = (torch.randn(5, 1000) * 4).requires_grad_()
-    value = jsd(_shard(logits, 1.3, valid=990), _shard(logits.detach().clone(), 1.3, valid=990), beta)
+    value = divergence(_shard(logits, 1.3, valid=990), _shard(logits.detach().clone(), 1.3, valid=990), kind)
     value.sum().backward()
     assert logits.grad is not None
     assert value.abs().max() < 1e-7
@@ -81,9 +128,10 @@ def test_equal_models_have_no_divergence_and_no_gradient(beta: float) -> None:
 
 def test_a_constant_added_to_a_models_logits_changes_nothing() -> None:
     student, teacher = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
-    for divergence in (forward_kl, reverse_kl, lambda s, t: jsd(s, t, 0.4)):
+    for kind in KINDS:
         torch.testing.assert_close(
-            divergence(_shard(student + 70), _shard(teacher - 900)), divergence(_shard(student), _shard(teacher))
+            divergence(_shard(student + 70), _shard(teacher - 900), kind),
+            divergence(_shard(student), _shard(teacher), kind),
         )
 
 
@@ -114,10 +162,35 @@ def test_beta_outside_its_range_is_refused(beta: float) -> None:
         jsd(shard, shard, beta)
 
 
+def test_skewing_by_nothing_is_no_skew_and_mixtures_end_in_the_kls() -> None:
+    student, teacher = (_shard(torch.randn(3, 20, dtype=torch.float64)) for _ in range(2))
+    assert torch.equal(skew_forward_kl(student, teacher, 0.0), forward_kl(student, teacher))
+    assert torch.equal(skew_reverse_kl(student, teacher, 0.0), reverse_kl(student, teacher))
+    torch.testing.assert_close(mixed_kl(student, teacher, 1.0), forward_kl(student, teacher))
+    torch.testing.assert_close(mixed_kl(student, teacher, 0.0), reverse_kl(student, teacher))
+    torch.testing.assert_close(skew_forward_kl(student, teacher, 1e-9), forward_kl(student, teacher), rtol=1e-6, atol=0)
+    torch.testing.assert_close(skew_reverse_kl(student, teacher, 1e-9), reverse_kl(student, teacher), rtol=1e-6, atol=0)
+
+
+def test_total_variation_lies_between_none_and_all() -> None:
+    far = torch.tensor([[0.0, -200.0], [-200.0, 0.0]])
+    torch.testing.assert_close(total_variation(_shard(far), _shard(far.flip(0))), torch.ones(2))
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.0, float("nan")])
+def test_a_skew_outside_its_range_is_refused(alpha: float) -> None:
+    shard = _shard(torch.zeros(1, 4))
+    for skewed in (skew_forward_kl, skew_reverse_kl):
+        with pytest.raises(ValueError, match="must be"):
+            skewed(shard, shard, alpha)
+    with pytest.raises(ValueError, match="must be"):
+        mixed_kl(shard, shard, alpha * 2)
+
+
 def test_the_teacher_gets_no_gradient_even_if_it_could() -> None:
     student, teacher = torch.randn(2, 6, requires_grad=True), torch.randn(2, 6, requires_grad=True)
-    for beta in (0.0, 0.5, 1.0):
-        jsd(_shard(student), _shard(teacher), beta).sum().backward()
+    for kind in KINDS:
+        divergence(_shard(student), _shard(teacher), kind).sum().backward()
     assert student.grad is not None
     assert teacher.grad is None
 
