@@ -133,8 +133,8 @@ def objective_learns_from_who_wrote(run: RunConfig) -> str | None:
         return None
     return (
         f"{_rollout(run)} gives tokens of {_authors(given)}, {_objective(run)} with these settings learns only from "
-        f"those of {_authors(allowed)}: change rollout.kind or rollout.on_policy_fraction, or take settings or an "
-        "objective that learn from any (objective.divergence=reverse_kl, objective.kind=gkd)"
+        f"those of {_authors(allowed)}: change rollout.kind or rollout.on_policy_fraction, or objective.kind"
+        f"{_or_the_whole_vocabulary(run)}"
     )
 
 
@@ -164,7 +164,7 @@ def objective_learns_from_unfiltered_samples(run: RunConfig) -> str | None:
     right = " ".join(f"rollout.sampling.{name}={value}" for name, value in wrong.items())
     return (
         f"{given}: {_objective(run)} with these settings needs samples of the student's own distribution at "
-        f"objective.temperature={run.objective.temperature}: set {right}, or objective.divergence=reverse_kl"
+        f"objective.temperature={run.objective.temperature}: set {right}{_or_the_whole_vocabulary(run)}"
     )
 
 
@@ -227,6 +227,13 @@ def _objective(run: RunConfig) -> str:
 
 def _rollout(run: RunConfig) -> str:
     return f"rollout.kind={kind_of(run.rollout)}"
+
+
+def _or_the_whole_vocabulary(run: RunConfig) -> str:
+    """The way out for objectives that may compare whole vocabularies instead of sampled tokens."""
+    if getattr(run.objective, "divergence", None) != "sampled_token":
+        return ""
+    return ", or another objective.divergence, such as reverse_kl"
 
 
 def _authors(origins: frozenset[Origin]) -> str:

@@ -201,7 +201,7 @@ def reduction_weights(
         counted: PerMicro = tuple(torch.ones(micro.rows, device=micro.target_R.device) for micro in batch.micro)
         tokens, sequences = float(batch.counts.tokens), float(batch.counts.sequences)
     else:
-        counted = tuple(one.float() for one in mask)
+        counted = tuple(one.to(torch.get_default_dtype()) for one in mask)
         totals = [
             torch.stack([one_R.sum(), (sequence_sums(micro, one_R) > 0).sum()]).double()
             for micro, one_R in zip(batch.micro, counted, strict=True)

@@ -28,6 +28,13 @@ def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
             Metric("reward/mixed_groups", mixed, len(groups)),
             Metric("reward/unscored", len(scored) - len(rewards), len(scored)),
         ]
+        # failures are longer than successes: how much so says whether a reduction favours either
+        for name, right in (("right", True), ("wrong", False)):
+            lengths = [
+                len(one.rollout.tokens) for one in scored if one.reward is not None and (one.reward > 0) == right
+            ]
+            if lengths:
+                metrics.append(Metric(f"rollout/length_{name}", sum(lengths), len(lengths)))
     for fact in sorted({name for one in scored for name in one.facts}):
         values = [one.facts[fact] for one in scored if fact in one.facts]
         metrics.append(Metric(fact, math.fsum(values), len(values)))
