@@ -265,15 +265,28 @@ class Full:
     head_vH: Tensor
     partition: VocabPartition
     fidelity: Literal[Fidelity.FULL] = Fidelity.FULL
+    made: list[Tensor] | None = field(default=None, repr=False, compare=False)
+    """Where some rows, taken by `rows`, keep their logits once made: several questions, one matrix product.
+
+    None on the signal of a whole micro-batch, which lives for a step and must not hold logits.
+    """
 
     def rows(self, rows: slice) -> Full:
         """The same signal on some rows; shares storage."""
-        return Full(hidden_RH=self.hidden_RH[rows], head_vH=self.head_vH, partition=self.partition)
+        return Full(hidden_RH=self.hidden_RH[rows], head_vH=self.head_vH, partition=self.partition, made=[])
 
     def shard(self, temperature: float) -> VocabShard:
         """This rank's teacher logits of these rows; [R, v] exists from here on, so call it on a chunk."""
-        with torch.no_grad():
-            return VocabShard.of(self.hidden_RH @ self.head_vH.t(), self.partition, temperature)
+        return VocabShard.of(self._logits(), self.partition, temperature)
+
+    @torch.no_grad()
+    def _logits(self) -> Tensor:
+        if self.made:
+            return self.made[0]
+        logits_Rv = self.hidden_RH @ self.head_vH.t()
+        if self.made is not None:
+            self.made.append(logits_Rv)
+        return logits_Rv
 
 
 type TeacherSignal = Token | TopK | Full
