@@ -1,7 +1,8 @@
 """Supervised fine-tuning: cross entropy on response tokens, whoever wrote them. No teacher, no reward.
 
 On demonstrations it is ordinary SFT, on a teacher's rollouts sequence-level distillation (Kim and Rush 2016,
-arXiv 1606.07947).
+arXiv 1606.07947). With `keep: correct`, on the student's own samples, it is rejection fine-tuning (RFT; Yuan et al.,
+arXiv 2308.01825): whatever the verifier did not find right is left out.
 """
 
 from __future__ import annotations
@@ -13,23 +14,48 @@ from typing import Literal
 from torch import Tensor
 
 from megatron_distill.losses.vocab import logprob
-from megatron_distill.objectives.base import Needs, Objective, Scope, State, mean_plan
-from megatron_distill.types import Batch, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
+from megatron_distill.objectives.base import (
+    Needs,
+    Objective,
+    Reduction,
+    Scope,
+    State,
+    group_sums,
+    mean_plan,
+    reduction_weights,
+)
+from megatron_distill.types import Batch, Metric, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
+
+CORRECT = 0.5
+"""Rewards above it say that a response is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Objective):
     """-log q(y), averaged."""
 
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Average over all tokens of the step, or over sequences of their mean per token."""
+    reduction: Reduction = "token_mean"
+    """Average over all tokens of the step, over sequences of their mean per token, or over sequences of their sum."""
+    keep: Literal["all", "correct"] = "all"
+    """Learn from every response, or only from those with a reward above 0.5; the others count nowhere."""
 
     @property
     def needs(self) -> Needs:
-        return Needs()
+        return Needs(reward=self.keep == "correct")
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
-        return mean_plan("cross_entropy", batch, self.reduction), state
+        if self.keep == "all":
+            return mean_plan("cross_entropy", batch, self.reduction), state
+        # a reward that is not there is NaN, and not above anything
+        right = tuple(micro.reward_S > CORRECT for micro in batch.micro)
+        mask = tuple(right_S[micro.segment_R] for right_S, micro in zip(right, batch.micro, strict=True))
+        weights, denominator = reduction_weights(batch, scope, self.reduction, mask)
+        kept = float(group_sums(batch, scope, right).sum())
+        return Plan(
+            weights={"cross_entropy": weights},
+            denominators={"cross_entropy": denominator},
+            metrics=(Metric("objective/kept", kept, batch.counts.sequences),),
+        ), state
 
     def loss(
         self,
