@@ -1,0 +1,139 @@
+"""Trust-region on-policy distillation (Xing et al., arXiv 2606.01249): policy gradient where the teacher is near.
+
+A token that the student sampled is trusted with the probability that speculative decoding would accept it,
+
+    M ~ Bernoulli(min(1, p(y)/q(y))),   p teacher, q student
+
+    trusted      A = log p(y) - log q(y) in policy-gradient form: the sampled reverse KL
+    outlier      forward KL over the teacher's top-k: where p is far below q the sampled gradient knows no bound, and
+                 says nothing of where the probability should go instead
+    teacher's    beta times cross entropy, on the start of a response that the teacher wrote
+
+All three share one denominator, so that a token counts alike whatever it turns out to be. No code is released; what
+the paper leaves open, and what was chosen, is in docs/objectives/tropd.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_distill.losses.kinds import Divergence, Outside
+from megatron_distill.losses.policy import policy_gradient
+from megatron_distill.losses.vocab import logprob
+from megatron_distill.objectives._sampled import Sampled, mean_over_tokens
+from megatron_distill.objectives.base import Needs, PerMicro, Scope, State, reduction_weights
+from megatron_distill.types import (
+    Batch,
+    Fidelity,
+    MicroBatch,
+    Origin,
+    Plan,
+    Responses,
+    TeacherSignal,
+    Term,
+    TokenStats,
+    VocabShard,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrOPD(Sampled):
+    """Policy gradient on trusted tokens, forward KL on outliers, cross entropy on the teacher's own."""
+
+    support: Literal["full", "top_k"] = "top_k"
+    """How much of the teacher an outlier is compared with."""
+    outside: Outside = "truncate"
+    """The paper's formula leaves out what the teacher did not name; see `Supervised.outside` for the others."""
+    outlier: Literal["forward_kl", "mask", "clip"] = "forward_kl"
+    """What an outlier teaches: the forward KL, nothing, or the policy gradient with A no lower than `clip_floor`."""
+    clip_floor: float = -1.0
+    """In nats. The paper does not give it; at -1 trusted tokens in expectation, min(1, r) log r, push hardest."""
+    guidance: float = 0.001
+    """beta, the weight of tokens that the teacher wrote."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip_floor > 0:
+            raise ValueError(f"clip_floor={self.clip_floor}: must be 0 or below, an outlier's advantage is negative")
+        if self.guidance < 0:
+            raise ValueError(f"guidance={self.guidance}: must be 0 or above")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(
+            teacher=self.fidelity if self.outlier == "forward_kl" else Fidelity.TOKEN,
+            student_logprobs="rollout" if self.old_logprobs == "rollout" else "recompute",
+            teacher_logprobs=True,
+            origins=frozenset({Origin.STUDENT, Origin.TEACHER}),
+            unfiltered_samples=True,
+            teacher_names=self.named_teachers,
+        )
+
+    def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
+        self.check_samples(batch)
+        assert stats.student_logp is not None
+        sampled = tuple(micro.origin_R == Origin.STUDENT for micro in batch.micro)
+        gaps = tuple(
+            (teacher_logp_R - logp_R).masked_fill(~sampled_R, 0.0)
+            for teacher_logp_R, logp_R, sampled_R in zip(
+                self.mean_teacher_logp(stats, batch), stats.student_logp, sampled, strict=True
+            )
+        )
+        trust = tuple(gap_R.clamp(max=0.0).exp() for gap_R in gaps)
+        # Draws are below 1, so that where p >= q a token is trusted for certain.
+        trusted = tuple(
+            sampled_R & (_draws(micro, scope) < trust_R)
+            for micro, trust_R, sampled_R in zip(batch.micro, trust, sampled, strict=True)
+        )
+        outliers = tuple(sampled_R & ~trusted_R for sampled_R, trusted_R in zip(sampled, trusted, strict=True))
+        share, denominator = reduction_weights(batch, scope, self.reduction)
+        weights: dict[str, PerMicro] = {
+            "trust": _product(share, trusted),
+            "guidance": tuple(self.guidance * one_R for one_R in _product(share, tuple(~one_R for one_R in sampled))),
+        }
+        if self.outlier != "mask":
+            weights["outlier"] = _product(share, outliers)
+        plan = Plan(
+            weights={**weights, "advantage": gaps, **self.teacher_plan(batch)},
+            denominators=dict.fromkeys(weights, denominator),
+            metrics=(
+                mean_over_tokens("objective/trusted", trusted, sampled, scope),
+                mean_over_tokens("objective/trust_probability", trust, sampled, scope),
+            ),
+        )
+        return plan, state
+
+    def loss(
+        self,
+        student: VocabShard,
+        teachers: Mapping[str, TeacherSignal],
+        rows: Responses,
+        weights: Mapping[str, Tensor],
+    ) -> dict[str, Term]:
+        logp_R, advantage_R = logprob(student, rows.target_R), weights["advantage"]
+        old_logp_R = self.old_logp(logp_R, rows)
+        values = {"trust": policy_gradient(logp_R, advantage_R, old_logp_R), "guidance": -logp_R}
+        if self.outlier == "forward_kl":
+            kind = Divergence("forward_kl")
+            values["outlier"] = self.blend(teachers, weights, lambda signal: self.compare(student, signal, kind))
+        elif self.outlier == "clip":
+            values["outlier"] = policy_gradient(logp_R, advantage_R.clamp(min=self.clip_floor), old_logp_R)
+        return {name: Term(value_R=value_R, weight_R=weights[name]) for name, value_R in values.items()}
+
+
+def _draws(micro: MicroBatch, scope: Scope) -> Tensor:
+    """One uniform number per token, by sequence and place in it: the same however the step is cut."""
+    lengths = micro.segment_R.bincount(minlength=len(micro.sequences)).tolist()
+    drawn = [
+        scope.uniform(length, "trust", index) for index, length in zip(micro.index_S.tolist(), lengths, strict=True)
+    ]
+    return torch.cat([torch.zeros(0), *drawn]).to(micro.target_R.device)
+
+
+def _product(share: PerMicro, mask: PerMicro) -> PerMicro:
+    return tuple(share_R * mask_R for share_R, mask_R in zip(share, mask, strict=True))
