@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 LARGEST_LOG_RATIO = 20.0
-"""Importance ratios of unclipped tokens stop growing at e^20, where any update is lost anyway: sums stay finite."""
+"""Ratios of probabilities stop growing at e^20, where any update is lost anyway: sums stay finite."""
 
 
 def k1(logp_R: Tensor, teacher_logp_R: Tensor) -> Tensor:
@@ -33,8 +33,11 @@ def k2(logp_R: Tensor, teacher_logp_R: Tensor) -> Tensor:
 
 
 def k3(logp_R: Tensor, teacher_logp_R: Tensor) -> Tensor:
-    """p/q - 1 - log p/q at y: unbiased for KL(q||p) and never negative. A figure to log, not a loss for reverse KL."""
-    ratio_R = teacher_logp_R - logp_R
+    """p/q - 1 - log p/q at y: unbiased for KL(q||p) and never negative. A figure to log, not a loss for reverse KL.
+
+    A p/q beyond e^20 counts as e^20.
+    """
+    ratio_R = (teacher_logp_R - logp_R).clamp(max=LARGEST_LOG_RATIO)
     return ratio_R.expm1() - ratio_R
 
 

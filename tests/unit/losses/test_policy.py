@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -144,3 +145,12 @@ def test_clipped_surrogate_is_finite_300_nats_away_and_constants_get_no_gradient
     assert logp.grad.isfinite().all()
     assert old.grad is None
     assert advantage.grad is None
+
+
+def test_k3_is_finite_300_nats_away() -> None:
+    logp = torch.tensor([-300.0, 0.0], requires_grad=True)
+    value = k3(logp, torch.tensor([0.0, -300.0]))
+    value.sum().backward()
+    assert value.tolist() == pytest.approx([math.exp(20.0) - 21.0, 299.0])
+    assert logp.grad is not None
+    assert logp.grad.tolist() == pytest.approx([0.0, 1.0])
