@@ -1,0 +1,54 @@
+"""TAPO: the clipped objective on originals plus a token-weighted one on constructed trajectories, groups apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.oracles import dense, grpo
+
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.3, "old_logprobs": "rollout", "clip_low": 0.05, "clip_high": 0.1},
+    {"reference_scope": "batch", "constructed_weight": 0.5, "kl_weight": 0.1},
+    {"lone_reference": "reward", "normalise": "joint", "old_logprobs": "rollout"},
+    {"reduction": "sequence_mean", "normalise": "joint", "temperature": 0.7, "divide_by_std": False},
+    {"reduction": "constant", "max_length": 9, "lone_reference": "reward", "drop_uniform_groups": True},
+    {"lowest_weight": 0.5, "highest_weight": 1.5, "baseline": "leave_one_out", "drop_uniform_groups": True},
+]
+TEACHERS = (("reference",),)
+DATA = "constructed_groups"
+
+
+def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    built_S = torch.tensor([bool((step.origin_R[step.rows(one)] == dense.CONSTRUCTED).all()) for one in step.sequences])
+    built_R = built_S[step.sequence_R]
+    # Constructed trajectories have groups of their own; compared across the batch, they are one group more.
+    group_S = step.group_S.clone()
+    if fields["reference_scope"] == "batch":
+        group_S[built_S] = int(group_S.max()) + 1
+    advantage_S = grpo.advantages(step.reward_S, group_S, fields)
+    keep_S = torch.ones_like(step.reward_S)
+    for sequence in step.sequences:
+        rewards = step.reward_S[group_S == group_S[sequence]]
+        alone = len(rewards) == 1 and bool(built_S[sequence]) and fields["lone_reference"] == "reward"
+        if alone:
+            advantage_S[sequence] = step.reward_S[sequence]
+        elif fields["drop_uniform_groups"] and bool((rewards == rewards[0]).all()):
+            keep_S[sequence] = 0
+    before_R = dense.logprob(step.student_RV, step.target_R, fields["temperature"]).detach()
+    weight_R = (before_R + dense.entropy(step.student_RV, fields["temperature"]).detach()).exp()
+    weight_R = weight_R.clamp(fields["lowest_weight"], fields["highest_weight"])
+    weight_R = torch.where(built_R, fields["constructed_weight"] * weight_R, 1.0)
+    old_R = torch.where(built_R, before_R, grpo.old_logprobs(step, fields))
+    value_R = weight_R * grpo.policy(step, advantage_S[step.sequence_R], old_R, fields)
+    if fields["kl_weight"]:
+        value_R = value_R + torch.where(built_R, 0.0, fields["kl_weight"] * grpo.k3(step, fields))
+    keep_R = keep_S[step.sequence_R]
+    if fields["normalise"] == "joint":
+        return grpo.mean(step, value_R, keep_R, fields)
+    originals = grpo.mean(step, value_R, keep_R * ~built_R, fields)
+    return originals + grpo.mean(step, value_R, keep_R * built_R, fields)
