@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -46,6 +46,9 @@ class DataSection:
     """The gold answer is what follows the last such marker, e.g. `####`, without thousands commas."""
     solution_key: str | None = None
     """Column with a worked solution, for demonstrations and privileged teachers."""
+    hint_keys: Mapping[str, str] = field(default_factory=dict)
+    """Further columns by the name under which they are known: `chosen` and `rejected` for pairs, what a teacher's view
+    shows it. A column holds text, or chat messages of which the last turn counts."""
     source_key: str | None = None
     """Column with the name of a row's source, for teachers by source; else it is the name of the file or folder."""
     system: str | None = None
@@ -68,6 +71,8 @@ class DataSection:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
+        if "solution" in self.hint_keys:
+            raise ValueError("hint_keys.solution: the worked solution has a setting of its own, solution_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,7 @@ def _prompt(row: Row, index: int, section: DataSection, tokenizer: PreTrainedTok
     messages, solution = _conversation(row, section)
     if section.solution_key is not None:
         solution = _text(row, section.solution_key, "solution_key")
+    hints = {name: _hint(row, key, f"hint_keys.{name}") for name, key in section.hint_keys.items()}
     try:
         digest = hashlib.sha256(json.dumps(messages, ensure_ascii=False).encode()).hexdigest()
         tokens = render(tokenizer, messages, thinking=section.thinking)
@@ -129,7 +135,7 @@ def _prompt(row: Row, index: int, section: DataSection, tokenizer: PreTrainedTok
         messages=tuple(messages),
         tokens=tokens,
         answer=_gold(row, section),
-        hints={} if solution is None else {"solution": solution},
+        hints=hints if solution is None else hints | {"solution": solution},
         source=Path(section.prompts).stem
         if section.source_key is None
         else _text(row, section.source_key, "source_key"),
@@ -152,8 +158,8 @@ def _conversation(row: Row, section: DataSection) -> tuple[list[dict[str, str]],
     return messages, solution
 
 
-def _messages(row: Row, key: str) -> list[dict[str, str]]:
-    given = _value(row, key, "messages_key")
+def _messages(row: Row, key: str, setting: str = "messages_key") -> list[dict[str, str]]:
+    given = _value(row, key, setting)
     fits = isinstance(given, list) and all(
         isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in given
@@ -161,6 +167,13 @@ def _messages(row: Row, key: str) -> list[dict[str, str]]:
     if not fits or not given:
         raise DataError(f"{row.where}: {key!r} must be a list of {{role, content}} texts, is {_short(given)}")
     return [{"role": turn["role"], "content": turn["content"]} for turn in given]
+
+
+def _hint(row: Row, key: str, setting: str) -> str:
+    """A text, or the last of a column's chat messages."""
+    if not isinstance(_value(row, key, setting), list):
+        return _text(row, key, setting)
+    return _messages(row, key, setting)[-1]["content"]
 
 
 def _gold(row: Row, section: DataSection) -> str | None:

@@ -1,4 +1,4 @@
-"""The data's worked solution as a response that nobody sampled."""
+"""A text of the data as a response that nobody sampled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SOLUTION = "solution"
+"""The hint that holds the worked solution."""
+
 
 def check_solutions(prompts: list[Prompt]) -> None:
     """Before the run starts.
@@ -19,7 +22,7 @@ def check_solutions(prompts: list[Prompt]) -> None:
     Raises:
         DataError: a prompt has no worked solution.
     """
-    without = [prompt.id for prompt in prompts if "solution" not in prompt.hints]
+    without = [prompt.id for prompt in prompts if SOLUTION not in prompt.hints]
     if without:
         raise DataError(
             f"{len(without)} of {len(prompts)} prompts have no worked solution, the first is {without[0]}; "
@@ -29,16 +32,29 @@ def check_solutions(prompts: list[Prompt]) -> None:
 
 def solution_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int) -> list[int]:
     """How many tokens `demonstrate` would make of each prompt's solution."""
-    texts = [prompt.hints["solution"] for prompt in prompts]
+    return [min(length, max_tokens) for length in text_lengths(tokenizer, prompts, SOLUTION)]
+
+
+def text_lengths(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], hint: str) -> list[int]:
+    """How many tokens, end of sequence included, each prompt's text of that name has."""
+    texts = [prompt.hints[hint] for prompt in prompts]
     cut = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [min(len(tokens) + 1, max_tokens) for tokens in cut]
+    return [len(tokens) + 1 for tokens in cut]
 
 
 def demonstrate(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, group: str, version: int, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    group: str,
+    version: int,
+    max_tokens: int,
+    hint: str = SOLUTION,
+    sample: int = 0,
+    reward: float | None = None,
 ) -> Scored:
-    """The solution and an end of sequence; one over `max_tokens` is cut and has none, as a cut rollout has none."""
-    text = prompt.hints["solution"]
+    """The hint's text and an end of sequence; one over `max_tokens` is cut and has none, as a cut rollout has none."""
+    text = prompt.hints[hint]
     tokens = (*tokenizer(text, add_special_tokens=False)["input_ids"], end_of_sequence(tokenizer))
     whole = len(tokens) <= max_tokens
     tokens = tokens[:max_tokens]
@@ -46,7 +62,7 @@ def demonstrate(
         rollout=Rollout(
             prompt=prompt,
             group=group,
-            sample=0,
+            sample=sample,
             tokens=tokens,
             logprobs=None,
             origin=(Origin.CONSTRUCTED,) * len(tokens),
@@ -54,5 +70,5 @@ def demonstrate(
             version=version,
             text=text,
         ),
-        reward=None,
+        reward=reward,
     )

@@ -18,6 +18,7 @@ from megatron_distill.rollout.demonstrate import check_solutions, solution_lengt
 from megatron_distill.rollout.sample import check_answers
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
+from megatron_distill.rollout.sources.pairs import Pairs, check_pair_lengths, check_pairs
 from megatron_distill.rollout.sources.replay import Replay, Traces
 from megatron_distill.train.resume import check_checkpoint, steps_done
 
@@ -88,6 +89,12 @@ def check_prompts(run: RunConfig) -> list[str]:
         check_solutions(list(prompts))
     if isinstance(source, Demonstrations):
         check_demonstrations(run, source, prompts, tokenizer)
+    if isinstance(source, Pairs):
+        end_of_sequence(tokenizer)
+        check_pairs(source, prompts.items)
+        check_lengths(run, prompts, source.max_response_tokens, "rollout.max_response_tokens")
+        if source.long_pairs == "refuse":
+            check_pair_lengths(source, prompts.items, tokenizer)
     if isinstance(source, Replay):
         check_replay(run, source)
     return [f"data: {_counted(prompts)}"]

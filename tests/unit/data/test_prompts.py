@@ -209,3 +209,17 @@ def test_limit_takes_the_first_rows(tmp_path: Path, tokenizer: PreTrainedTokeniz
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\nbroken\n")
     assert len(load_prompts(DataSection(prompts=path, limit=1), tokenizer)) == 1
+
+
+def test_hints_are_texts_or_last_turns(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "three"}]
+    rows: list[dict[str, object]] = [{"question": "1+1?", "answer": "2", "good": "two", "worse": turns, "note": 3}]
+    path = lines(tmp_path / "pairs.jsonl", rows)
+    section = DataSection(prompts=path, solution_key="good", hint_keys={"chosen": "good", "rejected": "worse"})
+    assert load_prompts(section, tokenizer)[0].hints == {"solution": "two", "chosen": "two", "rejected": "three"}
+    with pytest.raises(DataError, match=r"no key 'god' \(data\.hint_keys\.chosen\).*did you mean 'good'"):
+        load_prompts(DataSection(prompts=path, hint_keys={"chosen": "god"}), tokenizer)
+    with pytest.raises(DataError, match="'note' must be a text"):
+        load_prompts(DataSection(prompts=path, hint_keys={"chosen": "note"}), tokenizer)
+    with pytest.raises(ValueError, match=r"hint_keys\.solution: .*solution_key"):
+        DataSection(prompts=path, hint_keys={"solution": "good"})

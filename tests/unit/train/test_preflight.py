@@ -189,3 +189,16 @@ def test_all_that_is_wrong_is_told_at_once(config, tmp_path):
     (tmp_path / "data.jsonl").write_text("")
     (tmp_path / "teacher" / "model.safetensors").unlink()
     assert len(complaint(config()).splitlines()) == 2
+
+
+def test_pairs_need_both_responses_within_the_limits(config, tmp_path):
+    rows = [{"question": f"{n}?", "good": "right", "bad": "wrong" * (1 + 20 * n)} for n in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = ("objective={kind: redi}", "teachers.big=null", "reward={kind: none}", "data.answer_key=null")
+    both = (*pairs, "data.hint_keys={chosen: good, rejected: bad}")
+    source = "rollout={kind: pairs, max_response_tokens: 110}"
+    assert "3 of 3 prompts have no 'chosen' response" in complaint(config(*pairs, source))
+    assert "prompt 2-" in complaint(config(*both, source))
+    assert "has a response of 206 tokens, the first of 1 pairs" in complaint(config(*both, source))
+    assert preflight(config(*both, source, "rollout.long_pairs=skip")) == ["data: 3 prompts"]
+    assert "positions of student.model" in complaint(config(*both, "rollout={kind: pairs, max_response_tokens: 9999}"))
