@@ -10,62 +10,32 @@ the sampling temperature only. `beta` weights the teacher, as in the paper and i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from megatron_distill.losses.divergence import jsd
-from megatron_distill.losses.signal import teacher_shard
-from megatron_distill.objectives.base import (
-    Needs,
-    Objective,
-    Scope,
-    State,
-    check_teacher_weights,
-    mean_plan,
-    teacher_shares,
-)
-from megatron_distill.types import Batch, Fidelity, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
+from megatron_distill.losses.kinds import Divergence
+from megatron_distill.objectives._compared import Compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class GKD(Objective):
-    """JSD(beta) of student and teacher over the whole vocabulary, averaged."""
+class GKD(Compared):
+    """JSD(beta) of student and teacher, averaged."""
 
     beta: float = 0.5
     """Weight of the teacher, from 0 to 1. Exactly 0 is the forward KL and exactly 1 the reverse KL, unscaled: the
     loss jumps there, see `losses.divergence.jsd`."""
-    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
-    """Average over all tokens of the step, or over sequences of their mean per token."""
-    teacher_weights: Mapping[str, float] = field(default_factory=dict)
-    """By teacher's name; empty: several teachers count equally."""
+    sampled_token: bool = False
+    """Judge by the sampled token alone, in place of `support`: the divergence's exact gradient in expectation, from one
+    log-prob per token. It needs beta above 0, and tokens that the student sampled (see `losses.sampled`)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta={self.beta}: must be between 0 (forward KL) and 1 (reverse KL)")
-        check_teacher_weights(self.teacher_weights)
+        super().__post_init__()
 
     @property
-    def needs(self) -> Needs:
-        return Needs(teacher=Fidelity.FULL)
+    def measure(self) -> Divergence:
+        return Divergence("jsd", self.beta)
 
-    def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
-        return mean_plan("jsd", batch, self.reduction), state
-
-    def loss(
-        self,
-        student: VocabShard,
-        teachers: Mapping[str, TeacherSignal],
-        rows: Responses,
-        weights: Mapping[str, Tensor],
-    ) -> dict[str, Term]:
-        shares = teacher_shares(teachers, self.teacher_weights)
-        values = [
-            share * jsd(student, teacher_shard(teachers[name], self.temperature), self.beta)
-            for name, share in shares.items()
-        ]
-        return {"jsd": Term(value_R=torch.stack(values).sum(0), weight_R=weights["jsd"])}
+    @property
+    def by_sampled_token(self) -> bool:
+        return self.sampled_token
