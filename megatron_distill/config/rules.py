@@ -97,6 +97,15 @@ def objective_needs_a_reward(run: RunConfig) -> str | None:
     return None
 
 
+def rollouts_are_chosen_by_a_reward(run: RunConfig) -> str | None:
+    if run.rollout.needs_reward and kind_of(run.reward) == "none":
+        return (
+            f"reward.kind=none gives no reward, {_rollout(run)} with these settings chooses rollouts by theirs: "
+            "set reward.kind=math or exact"
+        )
+    return None
+
+
 def backend_can_run_it(run: RunConfig) -> str | None:
     return "\n".join(choose().refusals(run.parallel, run.precision)) or None
 
@@ -208,6 +217,7 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     teachers_say_enough,
     teachers_have_the_names_that_the_objective_uses,
     objective_needs_a_reward,
+    rollouts_are_chosen_by_a_reward,
     objective_reads_log_probs_of_rollouts,
     objective_compares_rollouts_of_a_prompt,
     objective_learns_from_who_wrote,

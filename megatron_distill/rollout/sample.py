@@ -45,7 +45,12 @@ class Wanted:
     group: str
     sample: int
     sampling: Sampling
+    """`max_new_tokens` bounds what the student writes, after `start`."""
     key: Key
+    start: tuple[int, ...] = ()
+    """How the response begins; the student goes on from there."""
+    start_origin: Origin = Origin.TEACHER
+    """Who wrote `start`."""
 
 
 def check_answers(verifier: Verifier, prompts: Sequence[Prompt]) -> None:
@@ -70,9 +75,12 @@ def sample(tools: Tools, wanted: Sequence[Wanted]) -> list[Scored]:
     rank, world = tools.ranks.rank, tools.ranks.world
     mine = wanted[len(wanted) * rank // world : len(wanted) * (rank + 1) // world]
     completions = tools.engine.generate(
-        [Request(tokens=one.prompt.tokens, sampling=one.sampling, key=one.key) for one in mine]
+        [Request(tokens=one.prompt.tokens + one.start, sampling=one.sampling, key=one.key) for one in mine]
     )
-    texts = [tools.tokenizer.decode(done.tokens, skip_special_tokens=True) for done in completions]
+    texts = [
+        tools.tokenizer.decode(one.start + done.tokens, skip_special_tokens=True)
+        for one, done in zip(mine, completions, strict=True)
+    ]
     verdicts = tools.judge.score([(one.prompt.answer, text) for one, text in zip(mine, texts, strict=True)])
     shares = tools.ranks.gather_objects(list(zip(completions, texts, verdicts, strict=True)))
     written = [response for share in shares for response in share]
@@ -85,9 +93,9 @@ def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Sc
             prompt=wanted.prompt,
             group=wanted.group,
             sample=wanted.sample,
-            tokens=done.tokens,
-            logprobs=done.logprobs,
-            origin=(Origin.STUDENT,) * len(done.tokens),
+            tokens=wanted.start + done.tokens,
+            logprobs=(float("nan"),) * len(wanted.start) + done.logprobs,
+            origin=(wanted.start_origin,) * len(wanted.start) + (Origin.STUDENT,) * len(done.tokens),
             stop=done.stop,
             version=done.version,
             text=text,

@@ -123,6 +123,7 @@ def surroundings(
         run_folder=run.paths.run,
         seed=run.train.seed,
         prompts_per_step=run.train.prompts_per_step,
+        steps=run.train.steps,
         device=runtime.backend.device,
     )
 

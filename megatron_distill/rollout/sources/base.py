@@ -46,6 +46,8 @@ class Surroundings:
     run_folder: Path
     seed: int
     prompts_per_step: int
+    steps: int
+    """Of the whole run."""
     device: torch.device
 
     def cursor(self) -> Cursor:
@@ -99,6 +101,11 @@ class SourcePart(ABC):
     @abstractmethod
     def origins(self) -> frozenset[Origin] | None:
         """Whose tokens its rollouts may hold; None: only its data can tell."""
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether it chooses rollouts by their rewards."""
+        return False
 
     @abstractmethod
     def connect(self, surroundings: Surroundings) -> Source:

@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
 
-from megatron_distill.data.traces import write_traces
-from megatron_distill.rollout.base import RolloutEngine, Sampling, random_source
+from megatron_distill.errors import DataError
+from megatron_distill.rollout.base import random_source
 from megatron_distill.rollout.demonstrate import check_solutions, demonstrate
-from megatron_distill.rollout.embedded import EmbeddedSettings
-from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
-from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
+from megatron_distill.rollout.sample import Wanted, sample
+from megatron_distill.rollout.sources._writing import Writer, Writing
+from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Prompt, Scored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generate(SourcePart):
+class Generate(Writing):
     """Responses of the student with its newest weights, scored."""
 
-    gives_logprobs: ClassVar[bool] = True
-
-    samples_per_prompt: int = 1
-    """Responses to each prompt of a step; together they are a group."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How the tokens are drawn."""
     on_policy_fraction: float = 1.0
     """Share of steps with responses of the student; the others have the data's solutions (GKD's lambda)."""
-    engine: EmbeddedSettings = field(default_factory=EmbeddedSettings)
-    """What writes the responses."""
-    record: bool = False
-    """Write every rollout to `traces/` of the run folder, to be replayed."""
+    keep_groups: Literal["all", "mixed"] = "all"
+    """`mixed` leaves out groups whose rewards are all alike, and asks further prompts in their place until the step
+    has its `train.prompts_per_step` groups (DAPO's dynamic sampling, arXiv 2503.14476)."""
+    most_rounds: int = 10
+    """With `keep_groups: mixed`, how often a step may ask for prompts before the run stops."""
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 1:
-            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: must be at least 1")
+        Writing.__post_init__(self)
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction={self.on_policy_fraction}: must be from 0 to 1")
+        if self.most_rounds < 1:
+            raise ValueError(f"most_rounds={self.most_rounds}: must be at least 1")
+        if self.keep_groups == "mixed" and self.samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: keep_groups=mixed needs 2 or more")
 
     @property
     def origins(self) -> frozenset[Origin]:
         """The student's, and the data's where a step may be off-policy."""
         return frozenset({Origin.STUDENT} if self.on_policy_fraction == 1 else {Origin.STUDENT, Origin.CONSTRUCTED})
+
+    @property
+    def needs_reward(self) -> bool:
+        """To tell which groups are mixed."""
+        return self.keep_groups == "mixed"
 
     def connect(self, surroundings: Surroundings) -> Generating:
         """With an engine that has no weights yet: publish the student first.
@@ -49,44 +52,44 @@ class Generate(SourcePart):
         Raises:
             DataError: prompts lack the answers or solutions that these settings need.
         """
-        check_answers(surroundings.verifier, surroundings.prompts.items)
         if self.on_policy_fraction < 1:
             check_solutions(list(surroundings.prompts))
         return Generating(self, surroundings)
 
 
-class Generating:
+class Generating(Writer):
     """The live source."""
 
     def __init__(self, part: Generate, surroundings: Surroundings) -> None:
+        super().__init__(part, surroundings)
         self._part = part
-        self._run = surroundings
-        self._cursor = surroundings.cursor()
-        self._tools = Tools(
-            engine=part.engine.connect(
-                surroundings.student_folder,
-                surroundings.tokenizer,
-                valid_vocab=surroundings.valid_vocab,
-                device=surroundings.device,
-            ),
-            judge=surroundings.verifier.connect(),
-            tokenizer=surroundings.tokenizer,
-            ranks=surroundings.ranks,
-        )
 
-    @property
-    def engine(self) -> RolloutEngine:
-        """Writes the responses."""
-        return self._tools.engine
-
-    def next(self, step: int) -> list[Scored]:
-        """One group per prompt, by group and sample; the same on every rank."""
-        chosen, self._cursor = take(self._cursor, self._run.prompts, self._run.prompts_per_step)
+    def write(self, step: int) -> list[Scored]:
+        """One group per prompt."""
         on_policy = random_source((self._run.seed, "on-policy", step)).random() < self._part.on_policy_fraction
-        scored = self._sampled(step, chosen) if on_policy else self._demonstrated(chosen)
-        if self._part.record and self._run.ranks.rank == 0:
-            write_traces(self._run.traces, step, scored)
-        return scored
+        if not on_policy:
+            return self._demonstrated(self.take(self._run.prompts_per_step))
+        if self._part.keep_groups == "all":
+            return self._sampled(step, self.take(self._run.prompts_per_step))
+        return self._mixed(step)
+
+    def _mixed(self, step: int) -> list[Scored]:
+        kept: list[Scored] = []
+        missing = self._run.prompts_per_step
+        for _ in range(self._part.most_rounds):
+            scored = self._sampled(step, self.take(missing))
+            for _, members in groupby(scored, key=lambda one: one.rollout.group):
+                group = list(members)
+                if len({one.reward for one in group}) > 1:
+                    kept += group
+                    missing -= 1
+            if not missing:
+                return kept
+        raise DataError(
+            f"step {step}: after rollout.most_rounds={self._part.most_rounds} rounds {missing} of "
+            f"{self._run.prompts_per_step} groups still have rewards that are all alike: the prompts are too hard or "
+            "too easy for the student; choose others, raise most_rounds or samples_per_prompt, or set keep_groups=all"
+        )
 
     def _sampled(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
         wanted = [
@@ -95,7 +98,7 @@ class Generating:
                 group=group,
                 sample=index,
                 sampling=self._part.sampling,
-                key=(self._run.seed, "rollout", step, group, prompt.id, index),
+                key=self.key(step, group, prompt, index),
             )
             for group, prompt in chosen
             for index in range(self._part.samples_per_prompt)
@@ -113,23 +116,3 @@ class Generating:
             )
             for group, prompt in chosen
         ]
-
-    def publish(self, student: HoldsWeights, version: int) -> None:
-        """Hand the student's weights to the engine."""
-        self.engine.load_weights(student.weights(), version)
-
-    def state(self) -> dict[str, int]:
-        """The place in the prompts."""
-        return self._cursor.state()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on at a saved place.
-
-        Raises:
-            CheckpointError: the data has changed.
-        """
-        self._cursor = self._cursor.restore(state)
-
-    def close(self) -> None:
-        """End the verifier's processes."""
-        self._tools.judge.close()

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,13 +15,14 @@ from megatron_distill.data.prompts import DataSection, load_prompts
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.data.traces import read_traces
 from megatron_distill.errors import CheckpointError, DataError
-from megatron_distill.rewards.base import Verifier
+from megatron_distill.rewards.base import Verdict, Verifier
 from megatron_distill.rewards.exact import Exact
 from megatron_distill.rewards.none import NoReward
-from megatron_distill.rollout.base import Sampling
+from megatron_distill.rollout.base import Given, Sampling
 from megatron_distill.rollout.sources.base import SourcePart, Surroundings
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
+from megatron_distill.rollout.sources.prefix import Prefix
 from megatron_distill.rollout.sources.replay import Replay
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.types import Origin, Scored, Stop
@@ -98,6 +101,7 @@ def surroundings(folder: Path, run: Path, ranks: Threads | None = None, **fields
         "run_folder": run,
         "seed": 3,
         "prompts_per_step": 3,
+        "steps": 10,
         "device": torch.device("cpu"),
     }
     return Surroundings(**(settings | fields))
@@ -235,3 +239,96 @@ def test_settings_are_checked() -> None:
         Generate(samples_per_prompt=0)
     with pytest.raises(ValueError, match=r"on_policy_fraction=1\.5: must be from 0 to 1"):
         Generate(on_policy_fraction=1.5)
+
+
+def test_a_teacher_begins_and_the_student_goes_on(folder: Path, tmp_path: Path) -> None:
+    part = Prefix(samples_per_prompt=2, sampling=Sampling(max_new_tokens=12), longest=6)
+    around = surroundings(folder, tmp_path, steps=4)
+    made = steps(part, around, 4)
+    for step, length in enumerate([6, 5, 3, 1]):
+        for one in made[step]:
+            rollout = one.rollout
+            text = rollout.prompt.hints["solution"]
+            taught = around.tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+            assert rollout.tokens[:length] == tuple(taught)
+            assert rollout.origin == (Origin.TEACHER,) * length + (Origin.STUDENT,) * (len(rollout.tokens) - length)
+            assert [logp != logp for logp in rollout.logprobs or ()] == [origin == 1 for origin in rollout.origin]
+            assert length < len(rollout.tokens) <= 12
+            assert rollout.text.startswith(text[:length])
+    assert len({one.rollout.tokens for one in made[0]}) == len(made[0]), "samples of a group go on differently"
+
+
+def test_the_continuation_is_what_the_student_writes_after_that_start(folder: Path, tmp_path: Path) -> None:
+    """Scored again as one sequence, the student's tokens have the log-probs that came with them."""
+    part = Prefix(sampling=Sampling(max_new_tokens=10), longest=4)
+    around = surroundings(folder, tmp_path)
+    with BUILDING:
+        source, student = part.connect(around), Student(around.student_folder)
+    source.publish(student, version=0)
+    for one in source.next(0):
+        tokens = one.rollout.prompt.tokens + one.rollout.tokens
+        (scores,) = source.engine.score([Given(tokens=tokens, start=len(one.rollout.prompt.tokens))])
+        assert one.rollout.logprobs is not None
+        assert one.rollout.logprobs[4:] == pytest.approx(scores[4:], abs=1e-5)
+    source.close()
+
+
+def test_a_teacher_that_ends_within_its_share_leaves_nothing_to_write(folder: Path, tmp_path: Path) -> None:
+    part = Prefix(samples_per_prompt=3, sampling=Sampling(max_new_tokens=40))
+    (scored,) = steps(part, surroundings(folder, tmp_path), 1)
+    assert len(scored) == 3, "one per prompt, however many samples were asked for"
+    for one in scored:
+        assert set(one.rollout.origin) == {Origin.TEACHER}
+        assert one.rollout.stop is Stop.EOS
+        assert one.rollout.tokens[-1] == 2
+
+
+def test_a_prefix_needs_the_teachers_responses(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="5 of 5 prompts have no hint 'reply' to begin with"):
+        Prefix(hint="reply").connect(surroundings(folder, tmp_path))
+
+
+class Coin(Verifier):
+    """Right and wrong by the length of the response: some groups are mixed, some are not."""
+
+    def connect(self) -> Coin:
+        return self
+
+    def score(self, pairs: list[tuple[str | None, str]]) -> list[Verdict]:
+        return [Verdict(float(len(text) % 2)) for _, text in pairs]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def test_groups_whose_rewards_are_alike_are_replaced(folder: Path, tmp_path: Path) -> None:
+    part = Generate(samples_per_prompt=2, sampling=Sampling(max_new_tokens=8), keep_groups="mixed", most_rounds=50)
+    (scored,) = steps(part, surroundings(folder, tmp_path, verifier=Coin()), 1)
+    groups: dict[str, set[float | None]] = {}
+    for one in scored:
+        groups.setdefault(one.rollout.group, set()).add(one.reward)
+    assert list(groups.values()) == [{0.0, 1.0}] * 3
+    assert sorted(groups)[-1] > "000000000002", "some were left out, so prompts beyond the first three were asked"
+
+
+def test_a_step_without_mixed_groups_ends_in_one_clear_error(folder: Path, tmp_path: Path) -> None:
+    part = Generate(samples_per_prompt=2, sampling=Sampling(max_new_tokens=2), keep_groups="mixed", most_rounds=2)
+    with pytest.raises(DataError, match=r"step 0: after rollout.most_rounds=2 rounds 3 of 3 groups still have rewards"):
+        steps(part, surroundings(folder, tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"keep_groups": "mixed"}, "samples_per_prompt=1: keep_groups=mixed needs 2 or more"),
+        ({"most_rounds": 0}, "most_rounds=0: must be at least 1"),
+    ],
+)
+def test_settings_of_refilling_are_checked(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Generate(**fields)
+
+
+def test_a_prefix_is_no_longer_than_the_response() -> None:
+    with pytest.raises(ValueError, match=r"longest=9: must be from 0 to sampling.max_new_tokens=8"):
+        Prefix(sampling=Sampling(max_new_tokens=8), longest=9)

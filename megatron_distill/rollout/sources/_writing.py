@@ -1,0 +1,106 @@
+"""What sources share in which the student itself writes: an engine, its newest weights, a record of what it wrote."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from megatron_distill.data.traces import write_traces
+from megatron_distill.rollout.base import Key, RolloutEngine, Sampling
+from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.sample import Tools, check_answers
+from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
+from megatron_distill.types import Prompt, Scored
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing(SourcePart):
+    """A source that writes with the student's newest weights, and scores what it wrote."""
+
+    gives_logprobs: ClassVar[bool] = True
+
+    samples_per_prompt: int = 1
+    """Responses to each prompt of a step; together they are a group."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the tokens are drawn."""
+    engine: EmbeddedSettings = field(default_factory=EmbeddedSettings)
+    """What writes the responses."""
+    record: bool = False
+    """Write every rollout to `traces/` of the run folder, to be replayed."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 1:
+            raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: must be at least 1")
+
+
+class Writer(ABC):
+    """A live one; its engine has no weights yet: publish the student first."""
+
+    def __init__(self, part: Writing, surroundings: Surroundings) -> None:
+        """Collective.
+
+        Raises:
+            DataError: prompts lack the answers that the verifier compares with.
+        """
+        check_answers(surroundings.verifier, surroundings.prompts.items)
+        self._writing = part
+        self._run = surroundings
+        self._cursor = surroundings.cursor()
+        self._tools = Tools(
+            engine=part.engine.connect(
+                surroundings.student_folder,
+                surroundings.tokenizer,
+                valid_vocab=surroundings.valid_vocab,
+                device=surroundings.device,
+            ),
+            judge=surroundings.verifier.connect(),
+            tokenizer=surroundings.tokenizer,
+            ranks=surroundings.ranks,
+        )
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """Writes the responses."""
+        return self._tools.engine
+
+    def next(self, step: int) -> list[Scored]:
+        """The groups of a step, by group and sample; the same on every rank."""
+        scored = self.write(step)
+        if self._writing.record and self._run.ranks.rank == 0:
+            write_traces(self._run.traces, step, scored)
+        return scored
+
+    @abstractmethod
+    def write(self, step: int) -> list[Scored]:
+        """The step's scored rollouts; `take` says what to ask."""
+
+    def take(self, count: int) -> list[tuple[str, Prompt]]:
+        """The next prompts with their groups' names; they are then gone."""
+        chosen, self._cursor = take(self._cursor, self._run.prompts, count)
+        return chosen
+
+    def key(self, step: int, group: str, prompt: Prompt, sample: int) -> Key:
+        """Names the draws of one response."""
+        return (self._run.seed, "rollout", step, group, prompt.id, sample)
+
+    def publish(self, student: HoldsWeights, version: int) -> None:
+        """Hand the student's weights to the engine."""
+        self.engine.load_weights(student.weights(), version)
+
+    def state(self) -> dict[str, int]:
+        """The place in the prompts."""
+        return self._cursor.state()
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on at a saved place.
+
+        Raises:
+            CheckpointError: the data has changed.
+        """
+        self._cursor = self._cursor.restore(state)
+
+    def close(self) -> None:
+        """End the verifier's processes."""
+        self._tools.judge.close()

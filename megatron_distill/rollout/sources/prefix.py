@@ -1,0 +1,113 @@
+"""The teacher begins a response and the student goes on: guidance that fades along a cosine (TrOPD, arXiv 2606.01249).
+
+The teacher's responses are text in the data, written beforehand: `hint` names them. In step s of S a response starts
+with at most `prefix_length(s, S, longest)` of the teacher's tokens. A teacher's response that ends within that length
+leaves nothing to go on from, and is learned from as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from megatron_distill.data.templates import end_of_sequence
+from megatron_distill.errors import DataError
+from megatron_distill.rollout.prefix import prefix_length
+from megatron_distill.rollout.sample import Wanted, sample
+from megatron_distill.rollout.sources._writing import Writer, Writing
+from megatron_distill.rollout.sources.base import Surroundings
+from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix(Writing):
+    """Responses of the student that begin with the teacher's text, less of it from step to step."""
+
+    hint: str = "solution"
+    """Which hint of a prompt is the teacher's response: `solution` (data.solution_key), or one of data.hint_keys."""
+    longest: int | None = None
+    """Tokens of the teacher's in step 0; null: `sampling.max_new_tokens`, which bounds start and continuation."""
+
+    def __post_init__(self) -> None:
+        Writing.__post_init__(self)
+        if self.longest is not None and not 0 <= self.longest <= self.sampling.max_new_tokens:
+            raise ValueError(
+                f"longest={self.longest}: must be from 0 to sampling.max_new_tokens={self.sampling.max_new_tokens}"
+            )
+
+    @property
+    def origins(self) -> frozenset[Origin]:
+        """The teacher's and the student's."""
+        return frozenset({Origin.TEACHER, Origin.STUDENT})
+
+    def connect(self, surroundings: Surroundings) -> Prefixing:
+        """With an engine that has no weights yet: publish the student first.
+
+        Raises:
+            DataError: a prompt has no response of the teacher's.
+        """
+        without = [prompt.id for prompt in surroundings.prompts if self.hint not in prompt.hints]
+        if without:
+            raise DataError(
+                f"{len(without)} of {len(surroundings.prompts)} prompts have no hint {self.hint!r} to begin with, the "
+                f"first is {without[0]}; name the teacher's responses in data.solution_key or data.hint_keys"
+            )
+        return Prefixing(self, surroundings)
+
+
+class Prefixing(Writer):
+    """The live source."""
+
+    def __init__(self, part: Prefix, surroundings: Surroundings) -> None:
+        super().__init__(part, surroundings)
+        self._part = part
+
+    def write(self, step: int) -> list[Scored]:
+        """One group per prompt; every response of a group begins alike."""
+        longest = self._part.sampling.max_new_tokens if self._part.longest is None else self._part.longest
+        length = prefix_length(step, self._run.steps, longest)
+        chosen = self.take(self._run.prompts_per_step)
+        written = sample(self._tools, [one for group in chosen for one in self._continued(step, length, *group)])
+        whole = [self._whole(group, prompt) for group, prompt in chosen if self._ends_within(length, prompt)]
+        return sorted(written + whole, key=lambda one: (one.rollout.group, one.rollout.sample))
+
+    def _continued(self, step: int, length: int, group: str, prompt: Prompt) -> Iterable[Wanted]:
+        if self._ends_within(length, prompt):
+            return
+        sampling, start = self._part.sampling, self._teacher_tokens(prompt)[:length]
+        for index in range(self._part.samples_per_prompt):
+            yield Wanted(
+                prompt=prompt,
+                group=group,
+                sample=index,
+                sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(start)),
+                key=self.key(step, group, prompt, index),
+                start=start,
+                start_origin=Origin.TEACHER,
+            )
+
+    def _ends_within(self, length: int, prompt: Prompt) -> bool:
+        """Whether the teacher's response, its end of sequence included, leaves nothing to write."""
+        return min(len(self._teacher_tokens(prompt)), self._part.sampling.max_new_tokens) <= length
+
+    def _whole(self, group: str, prompt: Prompt) -> Scored:
+        tokens = self._teacher_tokens(prompt)[: self._part.sampling.max_new_tokens]
+        ended = tokens[-1] == end_of_sequence(self._run.tokenizer)
+        return Scored(
+            rollout=Rollout(
+                prompt=prompt,
+                group=group,
+                sample=0,
+                tokens=tokens,
+                logprobs=None,
+                origin=(Origin.TEACHER,) * len(tokens),
+                stop=Stop.EOS if ended else Stop.LENGTH,
+                version=self.engine.version,
+                text=prompt.hints[self._part.hint],
+            ),
+            reward=None,
+        )
+
+    def _teacher_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        text = self._run.tokenizer(prompt.hints[self._part.hint], add_special_tokens=False, verbose=False)
+        return (*text["input_ids"], end_of_sequence(self._run.tokenizer))
