@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,11 +35,13 @@ class _Plan:
     origin: str = "s"
     """`s`, `t` or `c` for each response token; the last letter goes on to the end."""
     stop: Stop = Stop.EOS
+    shared: int = 0
+    """Tokens at the beginning of the response that are those of the group's first one."""
 
 
-def _group(name: str, prompt: int, responses: Sequence[int], rewards: Sequence[float], **common: str) -> list[_Plan]:
+def _group(name: str, prompt: int, responses: Sequence[int], rewards: Sequence[float], **common: Any) -> list[_Plan]:
     return [
-        _Plan(group=name, prompt=prompt, response=response, reward=reward, **common)  # type: ignore[arg-type]
+        _Plan(group=name, prompt=prompt, response=response, reward=reward, **common)
         for response, reward in zip(responses, rewards, strict=True)
     ]
 
@@ -58,7 +61,7 @@ PLANS: Mapping[str, list[_Plan]] = {
     "pairs": [
         plan
         for name, prompt, responses in (("a", 3, (5, 9)), ("b", 1, (4, 1)), ("c", 4, (2, 6)), ("d", 2, (7, 3)))
-        for plan in _group(name, prompt, responses, (1, 0), origin="c")
+        for plan in _group(name, prompt, responses, (1, 0), origin="c", shared=3 if name in "ac" else 0)
     ],
     "mixed_origins": [
         *_group("a", 3, (5, 9), (1, 0), origin="tts"),
@@ -91,27 +94,28 @@ def sequences(kind: str, vocabulary: int, logprobs: Logprobs) -> list[Scored]:
     plans = PLANS[kind]
     found: list[Scored] = []
     prompts: dict[str, tuple[int, ...]] = {}
-    samples: dict[str, int] = {}
+    members: dict[str, list[tuple[int, ...]]] = {}
     names = sorted({plan.group.split("/")[0] for plan in plans})
     for plan in plans:
         question = plan.group.split("/")[0]
         drawn = tuple(torch.randint(vocabulary, (plan.prompt + plan.response,), generator=generator).tolist())
         prompt = prompts.setdefault(question, drawn[: plan.prompt])
-        response = drawn[plan.prompt :]
+        group = members.setdefault(plan.group, [])
+        shared = min(plan.shared, len(group[0]), plan.response) if group else 0
+        response = (*group[0][:shared], *drawn[plan.prompt + shared :]) if shared else drawn[plan.prompt :]
+        group.append(response)
         letters = plan.origin + plan.origin[-1] * plan.response
         origin = tuple(_LETTERS[letter] for letter in letters[: plan.response])
         noise = 0.1 * torch.randn(plan.response, generator=generator)
         # rounded to fp32, in which they travel, so that the oracle has the very same numbers
         engine = (logprobs((*prompt, *response), plan.prompt) + noise).clamp(max=-1e-3).float().tolist()
         known = [value if one == Origin.STUDENT else NAN for value, one in zip(engine, origin, strict=True)]
-        sample = samples.get(plan.group, 0)
-        samples[plan.group] = sample + 1
         rollout = Rollout(
             prompt=Prompt(
                 id=question, messages=(), tokens=prompt, source=SOURCES[names.index(question) % len(SOURCES)]
             ),
             group=plan.group,
-            sample=sample,
+            sample=len(group) - 1,
             tokens=response,
             logprobs=tuple(known) if Origin.STUDENT in origin else None,
             origin=origin,

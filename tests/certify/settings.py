@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_distill.objectives.base import Objective, State
@@ -39,6 +40,16 @@ class Setting:
         answer = oracle_of(self.kind).oracle(step, asdict(self.objective))
         assert isinstance(answer, Tensor)
         return answer
+
+    def scale(self, step: dense.Step, loss: Tensor) -> float:
+        """What an error of the loss is relative to: its magnitude, or where terms cancel the oracle's `scale`."""
+        module = oracle_of(self.kind)
+        stated = (
+            float(torch.as_tensor(module.scale(step, asdict(self.objective))).detach())
+            if hasattr(module, "scale")
+            else 0.0
+        )
+        return max(abs(loss.item()), stated)
 
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in self.fields.items()] or ["defaults"]

@@ -87,8 +87,8 @@ CUTS: Mapping[str, Cut] = {
     "tp=4, a micro-batch per sequence, chunks of 3": Cut(
         tp=4, chunk_rows=3, tokens_per_micro_batch=1, fidelities=RICHEST
     ),
-    "tp=2 dp=2, micro-batches, chunks of 4, padded": Cut(
-        tp=2, dp=2, tokens_per_micro_batch=24, chunk_rows=4, sequence_multiple=2
+    "tp=2 dp=2, micro-batches, chunks of 8, padded": Cut(
+        tp=2, dp=2, tokens_per_micro_batch=24, chunk_rows=8, sequence_multiple=2, fidelities=RICHEST
     ),
     "dp=4, a micro-batch per sequence": Cut(dp=4, tokens_per_micro_batch=1, fidelities=RICHEST),
 }
@@ -145,6 +145,8 @@ class Expected:
     setting: Setting
     scored: list[Scored]
     found: Found
+    scale: float
+    """What an error of the loss is relative to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +193,14 @@ def expected(setting: Setting) -> Expected:
         )
 
     teachers = {name: rows(model) for name, model in teacher_tables(setting.teachers, torch.float64).items()}
-    loss = setting.oracle(whole_step(scored, rows(student), teachers, setting.state))
+    step = whole_step(scored, rows(student), teachers, setting.state)
+    loss = setting.oracle(step)
     assert loss.dtype == torch.float64
     assert loss.shape == ()
     loss.backward()
     found = Found(loss=loss.detach(), logged=loss.detach(), gradients=student.gradients())
     assert all(gradient.isfinite().all() for gradient in found.gradients.values()), f"the oracle of {setting}"
-    return Expected(setting=setting, scored=scored, found=found)
+    return Expected(setting=setting, scored=scored, found=found, scale=setting.scale(step, loss))
 
 
 def errors(cuts: Sequence[Cut], answers: Sequence[Expected]) -> list[list[Errors]]:
@@ -238,13 +241,19 @@ def _compare(answer: Expected, found: Found, fidelity: Fidelity | None) -> Error
     )
     if found.gradients["head"][VALID:].any():
         gradient = math.inf  # padding columns must not move at all
-    losses = (relative_error(one, answer.found.loss) for one in (found.loss, found.logged))
+    losses = (scaled_error(one, answer.found.loss, answer.scale) for one in (found.loss, found.logged))
     return Errors(
         setting=str(answer.setting),
         fidelity="" if fidelity is None else fidelity.name.lower(),
         loss=max(losses, key=_badness),
         gradient=gradient,
     )
+
+
+def scaled_error(actual: Tensor, wanted: Tensor, scale: float) -> float:
+    """|actual - wanted| / scale; the plain error where all is 0."""
+    error = abs(float(actual) - float(wanted))
+    return error / scale if scale else error
 
 
 def _badness(error: float) -> float:

@@ -19,9 +19,8 @@ from tests.certify.settings import objectives, oracle_of, settings
 from tests.certify.table import CUTS, Expected, errors, expected, table_sequences
 
 SUITE = {
-    1: ["whole", "whole, fp64", "a micro-batch per sequence, chunks of 3"],
-    2: ["tp=2, micro-batches, chunks of 4, padded"],
-    4: ["tp=4", "tp=2 dp=2, micro-batches, chunks of 4, padded"],
+    1: ["whole", "whole, fp64", "micro-batches of 24 tokens"],
+    4: ["tp=2 dp=2, micro-batches, chunks of 8, padded"],
 }
 """By number of ranks; `make certify` takes all cuts."""
 

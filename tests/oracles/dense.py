@@ -11,6 +11,8 @@ An oracle is a module `tests/oracles/<objective>.py` with
     STATES    objective state before the step, each laid over `initial()`; default: one, `initial()` itself
     oracle(step, fields)   the loss of the whole step as a float64 scalar, whose gradient in `step.student_RV` is the
               objective's. `fields` are all fields of the objective, defaults included
+    scale(step, fields)   optional, for losses whose terms cancel, as advantages do: the sum of the magnitudes of what
+              the loss adds up. An error of the loss is relative to it where it is above the loss
 
 Nothing here, nor in an oracle, may be imported from `megatron_distill.losses` or `megatron_distill.objectives`.
 """

@@ -1,0 +1,125 @@
+"""`make certify`: every objective, under every setting and every cut, against its oracle; writes docs/certificates.*
+
+    python -m tests.certify.run [--objectives opd,gkd] [--on table,network] [--cuts whole,tp=2] [--write]
+
+Exit code 1: a bar is broken, and the output names the case. Any other failure is an error of the run itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_distill
+from megatron_distill.testing.assertions import TOLERANCE
+from megatron_distill.testing.world import Worlds
+from tests.certify import network, report, table
+from tests.certify.settings import objectives, settings
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = 1200.0
+"""Seconds after which a cut counts as stuck."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = _arguments(words)
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    assert Path(megatron_distill.__file__).is_relative_to(ROOT), f"{megatron_distill.__file__} is not under {ROOT}"
+    kinds = arguments.objectives.split(",") if arguments.objectives else objectives()
+    found: dict[str, Any] = {kind: {"settings": 0, "fidelities": set(), "cuts": []} for kind in kinds}
+    broken: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, Worlds(Path(folder)) as worlds:
+        runs = {"table": _on_table, "network": _on_network}
+        for place in arguments.on.split(","):
+            for kind, on, cut, bar, rows in runs[place](worlds, kinds, arguments.cuts, Path(folder)):
+                merged = report.merge(rows)
+                found[kind]["settings"] = max(found[kind]["settings"], merged.pop("settings"))
+                found[kind]["fidelities"] |= set(merged.pop("fidelities"))
+                found[kind]["cuts"].append({"on": on, "cut": cut, **merged})
+                broken += [
+                    f"broken bar: {row['setting']} {row['fidelity']} on {on}, {cut}: "
+                    f"loss {row['loss']:.1e}, gradient {row['gradient']:.1e}, allowed {bar:.0e}"
+                    for row in rows
+                    if not (row["loss"] <= bar and row["gradient"] <= bar)
+                ]
+    print("\n".join(broken) if broken else f"certified: {', '.join(kinds)}", flush=True)
+    if arguments.write and not broken:
+        for entry in found.values():
+            entry["fidelities"] = sorted(entry["fidelities"])
+        report.write({"facts": _facts(), "objectives": found}, ROOT)
+    return 1 if broken else 0
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", default="", help="comma-separated; default: all")
+    parser.add_argument("--on", default="table,network", help="table, network or both")
+    parser.add_argument("--cuts", default=None, type=lambda names: names.split(";"), help="names, with ; between them")
+    parser.add_argument("--write", action="store_true", help="write docs/certificates.* unless a bar is broken")
+    return parser.parse_args(words)
+
+
+def _facts() -> dict[str, Any]:
+    return {
+        "vocabulary": table.VALID,
+        "padded": table.PADDED,
+        "table32": f"{TOLERANCE[torch.float32]:.0e}",
+        "table64": f"{TOLERANCE[torch.float64]:.0e}",
+        "network": f"{TOLERANCE[torch.float32]:.0e}",
+    }
+
+
+type Rows = tuple[str, str, str, float, list[dict[str, Any]]]
+"""Objective, kind of model, cut, bar, errors of every rank."""
+
+
+def _on_table(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | None, _: Path) -> Iterator[Rows]:
+    cuts = _chosen(table.CUTS, names)
+    for kind in kinds:
+        started = time.monotonic()
+        answers = [table.expected(setting) for setting in settings(kind)]
+        for ranks in sorted({cut.ranks for cut in cuts.values()}):
+            here = {name: cut for name, cut in cuts.items() if cut.ranks == ranks}
+            by_rank = worlds(ranks).run(table.errors, list(here.values()), answers, timeout=LONG)
+            for place, (name, cut) in enumerate(here.items()):
+                on = "table, fp64" if cut.dtype == torch.float64 else "table, fp32"
+                rows = [asdict(error) for by_cut in by_rank for error in by_cut[place]]
+                yield kind, on, name, TOLERANCE[cut.dtype], rows
+        _tell(f"{kind}: {len(answers)} settings on the table", started)
+
+
+def _on_network(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | None, folder: Path) -> Iterator[Rows]:
+    started = time.monotonic()
+    chain = network.Chain(network.make_folders(folder))
+    answers = {kind: [chain.expected(setting) for setting in network.network_settings(kind)] for kind in kinds}
+    flat = [answer for kind in kinds for answer in answers[kind]]
+    _tell(f"{len(flat)} settings through transformers in float64", started)
+    for name, cut in _chosen(network.CUTS, names).items():
+        started = time.monotonic()
+        by_rank = worlds(cut.ranks).run(network.errors, folder, cut, flat, init=False, timeout=LONG)
+        for kind in kinds:
+            rows = [asdict(error) for errors in by_rank for error in errors if error.setting.split(" ")[0] == kind]
+            yield kind, "Megatron", name, TOLERANCE[torch.float32], rows
+        _tell(f"Megatron, {name}", started)
+
+
+def _chosen[Cut](cuts: Mapping[str, Cut], names: Sequence[str] | None) -> Mapping[str, Cut]:
+    return {name: cut for name, cut in cuts.items() if names is None or name in names}
+
+
+def _tell(what: str, started: float) -> None:
+    print(f"{what}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
