@@ -124,6 +124,6 @@ def test_the_shipped_objective_configs_load(run_file, models):
         kind = yaml.safe_load(file.read_text())["objective"]["kind"]
         assert file.stem in (kind, "rft") or file.stem.startswith(f"{kind}_"), "a preset is named after its objective"
         run_file.write_text(
-            f"base: [base, objectives/{kind}]\nstudent: {{model: {models / 'student'}}}\ndata: {{prompts: a}}\n"
+            f"base: [base, objectives/{file.stem}]\nstudent: {{model: {models / 'student'}}}\ndata: {{prompts: a}}\n"
         )
         load(run_file)
