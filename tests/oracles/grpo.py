@@ -39,12 +39,19 @@ TEACHERS = (("reference",),)
 
 
 def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    return mean(step, values(step, fields), counted(step, fields)[step.sequence_R], fields)
+
+
+def scale(step: dense.Step, fields: Mapping[str, Any]) -> float:
+    """Advantages of a group cancel, so that the loss is far smaller than what it adds up."""
+    return float(mean(step, values(step, fields).detach().abs(), counted(step, fields)[step.sequence_R], fields))
+
+
+def values(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    """What each token adds to the mean, [R]."""
     advantage_S = advantages(step.reward_S - penalties(step, fields), step.group_S, fields)
-    mask_R = counted(step, fields)[step.sequence_R]
     value_R = policy(step, advantage_S[step.sequence_R], old_logprobs(step, fields), fields)
-    if fields["kl_weight"]:
-        value_R = value_R + fields["kl_weight"] * k3(step, fields)
-    return mean(step, value_R, mask_R, fields)
+    return value_R + fields["kl_weight"] * k3(step, fields) if fields["kl_weight"] else value_R
 
 
 def advantages(reward_S: Tensor, group_S: Tensor, fields: Mapping[str, Any]) -> Tensor:

@@ -24,6 +24,17 @@ DATA = "constructed_groups"
 
 
 def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    return mean(step, *values(step, fields), fields)
+
+
+def scale(step: dense.Step, fields: Mapping[str, Any]) -> float:
+    """Advantages of a group cancel, so that the loss is far smaller than what it adds up."""
+    value_R, *masks = values(step, fields)
+    return float(mean(step, value_R.detach().abs(), *masks, fields))
+
+
+def values(step: dense.Step, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """What each token adds to its mean, whether it counts, and whether it was constructed: [R] each."""
     built_S = torch.tensor([bool((step.origin_R[step.rows(one)] == dense.CONSTRUCTED).all()) for one in step.sequences])
     built_R = built_S[step.sequence_R]
     # Constructed trajectories have groups of their own; compared across the batch, they are one group more.
@@ -47,7 +58,11 @@ def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
     value_R = weight_R * grpo.policy(step, advantage_S[step.sequence_R], old_R, fields)
     if fields["kl_weight"]:
         value_R = value_R + torch.where(built_R, 0.0, fields["kl_weight"] * grpo.k3(step, fields))
-    keep_R = keep_S[step.sequence_R]
+    return value_R, keep_S[step.sequence_R], built_R
+
+
+def mean(step: dense.Step, value_R: Tensor, keep_R: Tensor, built_R: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """A mean over all tokens, or one over originals plus one over constructed ones."""
     if fields["normalise"] == "joint":
         return grpo.mean(step, value_R, keep_R, fields)
     originals = grpo.mean(step, value_R, keep_R * ~built_R, fields)
