@@ -14,7 +14,6 @@ only for y ~ q as q is in the loss: the same temperature, no top-p, no top-k.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megatron_distill.losses.kinds import Divergence
@@ -52,16 +51,16 @@ def _slope(ratio_R: Tensor, kind: Divergence) -> Tensor:
     weight = kind.parameter
     match kind.name:
         case "jsd" if weight < 1:
-            return -(1 - weight) * _log_mixture_over_student(ratio_R, weight)
+            return -(1 - weight) * _log_mixture_over(ratio_R, weight)
         case "skew_forward_kl":
-            return -(1 - weight) * (ratio_R - _log_mixture_over_student(ratio_R, weight)).exp()
+            return -(1 - weight) * (-_log_mixture_over(-ratio_R, 1 - weight)).exp()
         case "skew_reverse_kl" if weight > 0:
-            over_q_R = _log_mixture_over_student(ratio_R, 1 - weight)
+            over_q_R = _log_mixture_over(ratio_R, 1 - weight)
             return -over_q_R - weight * (-over_q_R).exp()
     return -ratio_R
 
 
-def _log_mixture_over_student(ratio_R: Tensor, teacher_weight: float) -> Tensor:
-    """log(m/q) with m = w p + (1-w) q, finite for any ratio and exact where p and q are close."""
-    smaller_R = torch.where(ratio_R > 0, 1 - teacher_weight, teacher_weight)
+def _log_mixture_over(ratio_R: Tensor, weight: float) -> Tensor:
+    """log(m/q), where m = w p + (1-w) q and `ratio_R` is log(p/q): finite for any, exact where p and q are close."""
+    smaller_R = (ratio_R > 0).to(ratio_R.dtype) * (1 - 2 * weight) + weight
     return ratio_R.clamp(min=0) + (smaller_R * ratio_R.abs().neg().expm1()).log1p()
