@@ -58,6 +58,7 @@ _CUT_OFF = (1, 6, 8)
 
 PLANS: Mapping[str, list[_Plan]] = {
     "sampled": [replace(plan, stop=Stop.LENGTH) if place in _CUT_OFF else plan for place, plan in enumerate(_SAMPLED)],
+    "single": _group("a", 3, (9,), (1,)),
     "pairs": [
         plan
         for name, prompt, responses in (("a", 3, (5, 9)), ("b", 1, (4, 1)), ("c", 4, (2, 6)), ("d", 2, (7, 3)))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.teachers.frozen import FrozenPart
 from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.train.step import bind, token_stats
-from megatron_distill.types import Scored
+from megatron_distill.types import Scored, StepReport
 from tests.certify.data import SEED, STEP, sequences, whole_step
 from tests.certify.settings import Setting, settings
 from tests.certify.table import Errors, scaled_error
@@ -45,6 +45,7 @@ class Cut:
     sizes: ParallelSizes = field(default_factory=ParallelSizes)
     tokens_per_micro_batch: int = 48
     chunk_rows: int = 16
+    recompute: Literal["none", "full"] = "none"
 
     @property
     def ranks(self) -> int:
@@ -54,10 +55,13 @@ class Cut:
 
 CUTS: Mapping[str, Cut] = {
     "one micro-batch": Cut(tokens_per_micro_batch=10_000, chunk_rows=1024),
+    "a micro-batch per sequence": Cut(tokens_per_micro_batch=1),
+    "recompute": Cut(recompute="full"),
     "tp=2 sp": Cut(sizes=ParallelSizes(tp=2, sequence_parallel=True)),
     "pp=2": Cut(sizes=ParallelSizes(pp=2)),
     "cp=2": Cut(sizes=ParallelSizes(cp=2)),
     "dp=2": Cut(sizes=ParallelSizes(dp=2)),
+    "dp=4": Cut(sizes=ParallelSizes(dp=4), tokens_per_micro_batch=10_000),
     "tp=4 sp": Cut(sizes=ParallelSizes(tp=4, sequence_parallel=True)),
     "tp=2 pp=2 sp": Cut(sizes=ParallelSizes(tp=2, pp=2, sequence_parallel=True)),
     "tp=2 cp=2 sp": Cut(sizes=ParallelSizes(tp=2, cp=2, sequence_parallel=True)),
@@ -162,7 +166,7 @@ def errors(root: Path, cut: Cut, answers: Sequence[Expected]) -> list[Errors]:
     """On each rank: of every setting under one cut."""
     with start(cut.sizes, Precision()) as runtime:
         student = Student.build(
-            StudentSection(model=root / STUDENT),
+            StudentSection(model=root / STUDENT, recompute=cut.recompute),
             OptimizerSection(lr=LEARNING_RATE, eps=1.0, clip_grad=0.0),
             runtime,
             steps=len(answers),
@@ -173,8 +177,8 @@ def errors(root: Path, cut: Cut, answers: Sequence[Expected]) -> list[Errors]:
         found = []
         for answer in answers:
             with _restored(student):
-                loss = _step(student, teacher, cut, answer, runtime)
-                found.append(_compare(answer, loss, before, student))
+                report = _step(student, teacher, cut, answer, runtime)
+                found.append(_compare(answer, report, before, student))
         return found
 
 
@@ -182,7 +186,7 @@ def _teacher(root: Path, student: Student, name: str) -> Any:
     return FrozenPart(model=root / name).connect(student, tokenizer=None)  # type: ignore[arg-type]
 
 
-def _step(student: Student, teacher: Any, cut: Cut, answer: Expected, runtime: Runtime) -> float:
+def _step(student: Student, teacher: Any, cut: Cut, answer: Expected, runtime: Runtime) -> StepReport:
     objective, mesh = answer.setting.objective, runtime.mesh
     batch = pack(
         answer.scored,
@@ -198,12 +202,13 @@ def _step(student: Student, teacher: Any, cut: Cut, answer: Expected, runtime: R
     stats = token_stats(student, batch, signals, objective.needs, objective.temperature)
     scope = Scope(seed=SEED, step=STEP, data_group=mesh.groups.dp)
     plan, _ = objective.prepare(stats, batch, scope, answer.setting.state)
-    return student.step(batch, bind(objective, signals, plan, batch, student.partition)).loss
+    return student.step(batch, bind(objective, signals, plan, batch, student.partition))
 
 
-def _compare(answer: Expected, loss: float, before: Mapping[str, Tensor], student: Student) -> Errors:
+def _compare(answer: Expected, report: StepReport, before: Mapping[str, Tensor], student: Student) -> Errors:
     largest = max(gradient.abs().max().item() for gradient in answer.gradients.values())
-    worst, names = 0.0, set()
+    norm = torch.stack([gradient.norm() for gradient in answer.gradients.values()]).norm().item()
+    worst, names = abs(report.grad_norm - norm) / norm, set()
     for name, after in student.weights():
         moved = (after.double() - before[name].double()) / -LEARNING_RATE
         gradient = moved / (1 - moved.abs())
@@ -213,7 +218,7 @@ def _compare(answer: Expected, loss: float, before: Mapping[str, Tensor], studen
     return Errors(
         setting=str(answer.setting),
         fidelity="full" if answer.setting.teachers else "",
-        loss=scaled_error(torch.tensor(loss), answer.loss, answer.scale),
+        loss=scaled_error(torch.tensor(report.loss), answer.loss, answer.scale),
         gradient=worst,
     )
 

@@ -52,6 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     for row in rows
                     if not (row["loss"] <= bar and row["gradient"] <= bar)
                 ]
+    broken = list(dict.fromkeys(broken))  # ranks of a group say the same
     print("\n".join(broken) if broken else f"certified: {', '.join(kinds)}", flush=True)
     if arguments.write and not broken:
         for entry in found.values():
