@@ -26,7 +26,7 @@ from megatron_distill.losses.kinds import Divergence, Outside
 from megatron_distill.losses.policy import policy_gradient
 from megatron_distill.losses.vocab import logprob
 from megatron_distill.objectives._sampled import Sampled, mean_over_tokens
-from megatron_distill.objectives.base import Needs, PerMicro, Scope, State, reduction_weights
+from megatron_distill.objectives.base import Needs, Scope, State, reduction_weights
 from megatron_distill.types import (
     Batch,
     Fidelity,
@@ -77,36 +77,43 @@ class TrOPD(Sampled):
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
         self.check_samples(batch)
         assert stats.student_logp is not None
-        sampled = tuple(micro.origin_R == Origin.STUDENT for micro in batch.micro)
-        gaps = tuple(
-            (teacher_logp_R - logp_R).masked_fill(~sampled_R, 0.0)
-            for teacher_logp_R, logp_R, sampled_R in zip(
-                self.mean_teacher_logp(stats, batch), stats.student_logp, sampled, strict=True
-            )
-        )
-        trust = tuple(gap_R.clamp(max=0.0).exp() for gap_R in gaps)
-        # Draws are below 1, so that where p >= q a token is trusted for certain.
-        trusted = tuple(
-            sampled_R & (_draws(micro, scope) < trust_R)
-            for micro, trust_R, sampled_R in zip(batch.micro, trust, sampled, strict=True)
-        )
-        outliers = tuple(sampled_R & ~trusted_R for sampled_R, trusted_R in zip(sampled, trusted, strict=True))
         share, denominator = reduction_weights(batch, scope, self.reduction)
-        weights: dict[str, PerMicro] = {
-            "trust": _product(share, trusted),
-            "guidance": tuple(self.guidance * one_R for one_R in _product(share, tuple(~one_R for one_R in sampled))),
-        }
-        if self.outlier != "mask":
-            weights["outlier"] = _product(share, outliers)
+        teacher_logp = self.mean_teacher_logp(stats, batch)
+        judged = [
+            self._judge_tokens(micro, share_R, p_R - q_R, _draws(micro, scope))
+            for micro, share_R, p_R, q_R in zip(batch.micro, share, teacher_logp, stats.student_logp, strict=True)
+        ]
+        planned = {name: tuple(one[name] for one in judged) for name in judged[0]}
+        sampled, probability = planned.pop("sampled"), planned.pop("probability")
+        terms = ("trust", "guidance") if self.outlier == "mask" else ("trust", "outlier", "guidance")
         plan = Plan(
-            weights={**weights, "advantage": gaps, **self.teacher_plan(batch)},
-            denominators=dict.fromkeys(weights, denominator),
+            weights={**planned, **self.teacher_plan(batch)},
+            denominators=dict.fromkeys(terms, denominator),
             metrics=(
-                mean_over_tokens("objective/trusted", trusted, sampled, scope),
-                mean_over_tokens("objective/trust_probability", trust, sampled, scope),
+                mean_over_tokens("objective/trusted", tuple(one > 0 for one in planned["trust"]), sampled, scope),
+                mean_over_tokens("objective/trust_probability", probability, sampled, scope),
             ),
         )
         return plan, state
+
+    def _judge_tokens(
+        self, micro: MicroBatch, share_R: Tensor, advantage_R: Tensor, draws_R: Tensor
+    ) -> dict[str, Tensor]:
+        """What each token of a micro-batch is, and weighs."""
+        sampled_R = micro.origin_R == Origin.STUDENT
+        # Where the teacher wrote, the engine may have no log-prob: NaN, which a weight of 0 would not cancel.
+        advantage_R = advantage_R.masked_fill(~sampled_R, 0.0)
+        probability_R = advantage_R.clamp(max=0.0).exp()
+        # Draws are below 1, so that where p >= q a token is trusted for certain.
+        trusted_R = draws_R < probability_R
+        return {
+            "sampled": sampled_R,
+            "probability": probability_R,
+            "advantage": advantage_R,
+            "trust": share_R * (sampled_R & trusted_R),
+            "outlier": share_R * (sampled_R & ~trusted_R),
+            "guidance": share_R * self.guidance * ~sampled_R,
+        }
 
     def loss(
         self,
@@ -129,11 +136,6 @@ class TrOPD(Sampled):
 def _draws(micro: MicroBatch, scope: Scope) -> Tensor:
     """One uniform number per token, by sequence and place in it: the same however the step is cut."""
     lengths = micro.segment_R.bincount(minlength=len(micro.sequences)).tolist()
-    drawn = [
-        scope.uniform(length, "trust", index) for index, length in zip(micro.index_S.tolist(), lengths, strict=True)
-    ]
+    keys = zip(micro.index_S.tolist(), lengths, strict=True)
+    drawn = [scope.uniform(length, "trust", index) for index, length in keys]
     return torch.cat([torch.zeros(0), *drawn]).to(micro.target_R.device)
-
-
-def _product(share: PerMicro, mask: PerMicro) -> PerMicro:
-    return tuple(share_R * mask_R for share_R, mask_R in zip(share, mask, strict=True))
