@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_distill.errors import DataError
@@ -38,6 +38,28 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The beginning of a response that is there already."""
+
+    tokens: tuple[int, ...] = ()
+    origin: tuple[Origin, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    """NaN where nobody sampled the token."""
+
+    @staticmethod
+    def by(origin: Origin, tokens: tuple[int, ...]) -> Start:
+        """Tokens that the student did not sample."""
+        return Start(tokens=tokens, origin=(origin,) * len(tokens), logprobs=(float("nan"),) * len(tokens))
+
+    def __add__(self, other: Start) -> Start:
+        return Start(
+            tokens=self.tokens + other.tokens,
+            origin=self.origin + other.origin,
+            logprobs=self.logprobs + other.logprobs,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """One response to be written."""
 
@@ -47,10 +69,10 @@ class Wanted:
     sampling: Sampling
     """`max_new_tokens` bounds what the student writes, after `start`."""
     key: Key
-    start: tuple[int, ...] = ()
+    start: Start = field(default_factory=Start)
     """How the response begins; the student goes on from there."""
-    start_origin: Origin = Origin.TEACHER
-    """Who wrote `start`."""
+    judge_start: bool = True
+    """Whether the verifier reads `start` too, or only what the student then writes."""
 
 
 def check_answers(verifier: Verifier, prompts: Sequence[Prompt]) -> None:
@@ -72,19 +94,30 @@ def sample(tools: Tools, wanted: Sequence[Wanted]) -> list[Scored]:
 
     The embedded engine lives on every rank. What is exchanged are token ids and verdicts, never prompts.
     """
-    rank, world = tools.ranks.rank, tools.ranks.world
-    mine = wanted[len(wanted) * rank // world : len(wanted) * (rank + 1) // world]
+    written = shared(tools.ranks, wanted, lambda mine: _write(tools, mine))
+    return [_scored(one, *response) for one, response in zip(wanted, written, strict=True)]
+
+
+def shared[Item, Result](
+    ranks: Ranks, items: Sequence[Item], work: Callable[[Sequence[Item]], list[Result]]
+) -> list[Result]:
+    """`work` on all items, a share on each rank; all results, in order, on every rank."""
+    mine = items[len(items) * ranks.rank // ranks.world : len(items) * (ranks.rank + 1) // ranks.world]
+    return [result for share in ranks.gather_objects(work(mine)) for result in share]
+
+
+def _write(tools: Tools, wanted: Sequence[Wanted]) -> list[tuple[Completion, str, Verdict]]:
     completions = tools.engine.generate(
-        [Request(tokens=one.prompt.tokens + one.start, sampling=one.sampling, key=one.key) for one in mine]
+        [Request(tokens=one.prompt.tokens + one.start.tokens, sampling=one.sampling, key=one.key) for one in wanted]
     )
     texts = [
-        tools.tokenizer.decode(one.start + done.tokens, skip_special_tokens=True)
-        for one, done in zip(mine, completions, strict=True)
+        tools.tokenizer.decode(
+            one.start.tokens + done.tokens if one.judge_start else done.tokens, skip_special_tokens=True
+        )
+        for one, done in zip(wanted, completions, strict=True)
     ]
-    verdicts = tools.judge.score([(one.prompt.answer, text) for one, text in zip(mine, texts, strict=True)])
-    shares = tools.ranks.gather_objects(list(zip(completions, texts, verdicts, strict=True)))
-    written = [response for share in shares for response in share]
-    return [_scored(one, *response) for one, response in zip(wanted, written, strict=True)]
+    verdicts = tools.judge.score([(one.prompt.answer, text) for one, text in zip(wanted, texts, strict=True)])
+    return list(zip(completions, texts, verdicts, strict=True))
 
 
 def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Scored:
@@ -93,9 +126,9 @@ def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Sc
             prompt=wanted.prompt,
             group=wanted.group,
             sample=wanted.sample,
-            tokens=wanted.start + done.tokens,
-            logprobs=(float("nan"),) * len(wanted.start) + done.logprobs,
-            origin=(wanted.start_origin,) * len(wanted.start) + (Origin.STUDENT,) * len(done.tokens),
+            tokens=wanted.start.tokens + done.tokens,
+            logprobs=wanted.start.logprobs + done.logprobs,
+            origin=wanted.start.origin + (Origin.STUDENT,) * len(done.tokens),
             stop=done.stop,
             version=done.version,
             text=text,

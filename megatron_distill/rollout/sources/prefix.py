@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from megatron_distill.data.templates import end_of_sequence
 from megatron_distill.errors import DataError
 from megatron_distill.rollout.prefix import prefix_length
-from megatron_distill.rollout.sample import Wanted, sample
+from megatron_distill.rollout.sample import Start, Wanted, sample
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
@@ -82,8 +82,7 @@ class Prefixing(Writer):
                 sample=index,
                 sampling=replace(sampling, max_new_tokens=sampling.max_new_tokens - len(start)),
                 key=self.key(step, group, prompt, index),
-                start=start,
-                start_origin=Origin.TEACHER,
+                start=Start.by(Origin.TEACHER, start),
             )
 
     def _ends_within(self, length: int, prompt: Prompt) -> bool:

@@ -45,6 +45,8 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> Surroundings:
         run_folder=folder / "run",
         seed=3,
         prompts_per_step=2,
+        steps=10,
+        steps=10,
         device=torch.device("cpu"),
     )
 
