@@ -17,13 +17,12 @@ FIELDS: list[dict[str, Any]] = [
     {"discount": 0.95, "own_reward": True, "reward_scale": 2.0, "reward_limit": 3.0},
     {"whiten": False, "discount": 0.5, "temperature": 0.8},
     {"whiten": False, "length_normalise": False, "reduction": "sequence_sum"},
-    {"single_step": False, "own_reward": True, "discount": 0.9, "whiten": False},
+    {"single_step": False, "own_reward": True, "discount": 0.9},
     {"old_logprobs": "rollout", "clip_ratio": 0.1},
     {"support": "top_k", "top_k": 5, "whiten": False},
     {"teacher_weights": {"big": 1.0, "small": 3.0}},
     {"teacher_sources": {"math": "big", "code": "small"}, "own_reward": True},
 ]
-"""Whitened advantages have mean 0, and with them that part's value: alone it would have no digits to compare."""
 TEACHERS = (1, 2)
 
 
@@ -40,14 +39,24 @@ def advantages(step: dense.Step, reward_R: Tensor, fields: Mapping[str, Any]) ->
     return advantage_R
 
 
-def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+def parts(step: dense.Step, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What each token adds: by the policy gradient, which has either sign, and by the exact divergence."""
     log_q, old, log_p = sampled_logprobs(step, fields)
     reward_R = fields["reward_scale"] * (log_p - old)
     if fields["reward_limit"] is not None:
         reward_R = reward_R.clamp(-fields["reward_limit"], fields["reward_limit"])
     advantage, ratio = advantages(step, reward_R, fields), (log_q - old).exp()
     clipped = ratio.clamp(1 - fields["clip_ratio"], 1 + fields["clip_ratio"])
-    value_R = -torch.minimum(ratio * advantage, clipped * advantage)
-    if fields["single_step"]:
-        value_R = value_R + compared(step, fields, "reverse_kl")
-    return step.mean(value_R, fields["reduction"])
+    long_term = -torch.minimum(ratio * advantage, clipped * advantage)
+    single_step = compared(step, fields, "reverse_kl") if fields["single_step"] else torch.zeros_like(long_term)
+    return long_term, single_step
+
+
+def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    long_term, single_step = parts(step, fields)
+    return step.mean(long_term + single_step, fields["reduction"])
+
+
+def scale(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
+    long_term, single_step = parts(step, fields)
+    return step.mean(long_term.abs() + single_step.abs(), fields["reduction"])
