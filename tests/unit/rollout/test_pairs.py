@@ -46,7 +46,6 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> Surroundings:
         seed=3,
         prompts_per_step=2,
         steps=10,
-        steps=10,
         device=torch.device("cpu"),
     )
 
