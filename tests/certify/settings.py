@@ -29,6 +29,8 @@ class Setting:
     teachers: tuple[str, ...]
     data: str
     state: State
+    one_micro_batch: bool = False
+    """Whether it is defined by its micro-batches: then only a step in one of them can be certified."""
 
     @property
     def objective(self) -> Objective:
@@ -73,19 +75,21 @@ def oracle_of(kind: str) -> ModuleType:
 def settings(kind: str) -> list[Setting]:
     """Every setting that the oracle lists, with all its teachers and states."""
     oracle = oracle_of(kind)
-    data = getattr(oracle, "DATA", "sampled")
+    data, states = getattr(oracle, "DATA", "sampled"), getattr(oracle, "STATES", ({},))
     found = []
     for fields in oracle.FIELDS:
         objective = load(OBJECTIVES, kind, Objective)(**fields)
+        values = asdict(objective)
         for teachers in _teachers(objective, fields, oracle.TEACHERS):
-            for state in getattr(oracle, "STATES", ({},)):
+            for state in states(values) if callable(states) else states:
                 found.append(
                     Setting(
                         kind=kind,
                         fields=fields,
                         teachers=teachers,
-                        data=data(asdict(objective)) if callable(data) else data,
+                        data=data(values) if callable(data) else data,
                         state={**objective.initial(), **state},
+                        one_micro_batch=oracle.one_micro_batch(values) if hasattr(oracle, "one_micro_batch") else False,
                     )
                 )
     return found

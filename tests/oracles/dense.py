@@ -8,7 +8,10 @@ An oracle is a module `tests/oracles/<objective>.py` with
               that `teacher_weights` and `teacher_sources` name, if they do
     DATA      which sequences (`tests.certify.data`): "sampled" (default), "pairs", "mixed_origins",
               "constructed_groups", "revisions", or a function of the settings that says which
-    STATES    objective state before the step, each laid over `initial()`; default: one, `initial()` itself
+    STATES    objective states before the step, each laid over `initial()`, or a function of the settings that gives
+              them; default: one, `initial()` itself
+    one_micro_batch(fields)   optional: True where the loss is defined by its micro-batch; the oracle then speaks of a
+              step in a single one
     oracle(step, fields)   the loss of the whole step as a float64 scalar, whose gradient in `step.student_RV` is the
               objective's. `fields` are all fields of the objective, defaults included
     scale(step, fields)   optional, for losses whose terms cancel, as advantages do: the sum of the magnitudes of what
