@@ -10,7 +10,7 @@ project, carried in names (`logp_R`, `logits_Rv`):
 
 Everything after packing speaks `R`. The three classic bugs have one home each: the *shift* (row t scores token
 t+1) is folded into `MicroBatch.response_R` by `data.packing`; *padded vocabulary* columns and the *temperature*
-are applied in `VocabShard.of` and nowhere else.
+are declared by `VocabShard` and applied in `losses.regions` and nowhere else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -200,17 +201,26 @@ class VocabPartition:
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """Logits [R, v] of this rank's vocabulary columns, divided by the temperature, padding at -inf.
+    """Raw logits [R, v] of this rank's vocabulary columns, and how to read them.
 
-    Make one with `of`: the only place where padding is masked and temperature applied.
+    Nothing is computed here. `losses` reads the real columns only, wide and divided by the temperature, where it
+    needs them; the gradient that it gives is that of the raw logits, in their type, and 0 in padding columns.
     """
 
     logits_Rv: Tensor
+    """Of any floating type; padding columns may hold anything."""
     partition: VocabPartition
+    temperature: float = 1.0
+    disposable: bool = False
+    """Whether a backward pass may overwrite the logits with their gradient, because nobody else needs them."""
+    readers: WeakSet[Any] = field(default_factory=WeakSet, repr=False, compare=False)
+    """Loss functions whose backward pass has yet to read the logits: only the last of them may overwrite."""
 
     @staticmethod
-    def of(logits_Rv: Tensor, partition: VocabPartition, temperature: float = 1.0) -> VocabShard:
-        """Wrap raw logits of any floating type; fp64 stays fp64, anything else becomes fp32.
+    def of(
+        logits_Rv: Tensor, partition: VocabPartition, temperature: float = 1.0, *, disposable: bool = False
+    ) -> VocabShard:
+        """Wrap raw logits; fp64 is computed in fp64, anything else in fp32.
 
         Raises:
             ValueError: the columns do not match the partition, or `temperature` is not positive.
@@ -219,13 +229,17 @@ class VocabShard:
             raise ValueError(f"logits have {logits_Rv.shape[-1]} columns, the partition holds {partition.width}")
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be positive")
-        wide = logits_Rv if logits_Rv.dtype == torch.float64 else logits_Rv.float()
-        if temperature != 1.0:
-            wide = wide / temperature
-        if partition.valid_width < partition.width:
-            column = torch.arange(partition.width, device=wide.device)
-            wide = wide.masked_fill(column >= partition.valid_width, float("-inf"))
-        return VocabShard(wide, partition)
+        return VocabShard(logits_Rv, partition, temperature, disposable)
+
+    def scaled_Rv(self) -> Tensor:
+        """A wide copy divided by the temperature, padding at -inf, through which gradients flow: [R, v].
+
+        For figures and tests: a loss that starts from it holds several [R, v] at once.
+        """
+        wide = self.logits_Rv if self.logits_Rv.dtype == torch.float64 else self.logits_Rv.float()
+        real = wide[:, : self.partition.valid_width] / self.temperature
+        padding = self.partition.width - self.partition.valid_width
+        return torch.nn.functional.pad(real, (0, padding), value=float("-inf")) if padding else real
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

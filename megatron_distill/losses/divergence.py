@@ -21,15 +21,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_distill.losses import backend, regions
 from megatron_distill.losses.kinds import Clip, Divergence, Outside
 from megatron_distill.losses.pointwise import ENTRIES, canonical
-from megatron_distill.losses.vocab import all_reduce, maxima, shifted_by
-from megatron_distill.types import TopK, VocabPartition, VocabShard
+from megatron_distill.losses.top_k import top_k_divergence
+from megatron_distill.losses.vocab import Reading, below, reduce_in_place
+from megatron_distill.types import TopK, VocabShard
 
 
 def forward_kl(student: VocabShard, teacher: VocabShard, clip: Clip | None = None) -> Tensor:
@@ -100,156 +103,103 @@ def divergence(
     `outside` says what becomes of ids outside a teacher's top k; a whole distribution has none.
     """
     if isinstance(teacher, TopK):
-        from megatron_distill.losses.top_k import top_k_divergence
-
         return top_k_divergence(student, teacher, kind, outside, clip)
     return _full(student, teacher, kind, clip)
 
 
 def _full(student: VocabShard, teacher: VocabShard, kind: Divergence, clip: Clip | None) -> Tensor:
-    kind, bounds = canonical(kind), None if clip == Clip() else clip
-    logits, constants = student.logits_Rv, _constants(student, teacher)
-    if bounds is None and kind.name in _CLOSED:
-        return _CLOSED[kind.name].apply(logits, *constants)
-    return _Pointwise.apply(logits, *constants, kind, bounds)
+    _check_same_columns(student, teacher)
+    kind, bounds = canonical(kind), clip or Clip()
+    with torch.no_grad():
+        constants = Reading.of(teacher)
+    return _Divergence.apply(student.logits_Rv, teacher.logits_Rv, Reading.of(student), constants, kind, bounds)
 
 
-def _constants(student: VocabShard, teacher: VocabShard) -> tuple[Tensor, VocabPartition]:
-    """The teacher's logits without gradient, in the student's dtype, and the partition that both share.
-
-    Columns that are not the same ids would give a plausible and wrong number, so this is always checked.
-    """
+def _check_same_columns(student: VocabShard, teacher: VocabShard) -> None:
+    """Columns that are not the same ids would give a plausible and wrong number, so this is always checked."""
     ours, theirs = student.partition, teacher.partition
     assert (ours.start, ours.width, ours.valid) == (theirs.start, theirs.width, theirs.valid), (
         f"student and teacher hold different vocabulary columns: {ours} and {theirs}"
     )
     assert ours.group is theirs.group, "student and teacher shards belong to different process groups"
     assert student.logits_Rv.shape == teacher.logits_Rv.shape, "student and teacher logits are of different rows"
-    return teacher.logits_Rv.detach().to(student.logits_Rv.dtype), ours
 
 
-class _ForwardKL(Function):
-    @staticmethod
-    def forward(ctx: Any, student_Rv: Tensor, teacher_Rv: Tensor, partition: VocabPartition) -> Tensor:
-        q_max_R, p_max_R = maxima(partition.group, student_Rv, teacher_Rv)
-        shifted_q_Rv, shifted_p_Rv = shifted_by(student_Rv, q_max_R), shifted_by(teacher_Rv, p_max_R)
-        exp_p_Rv = shifted_p_Rv.exp()
-        p_local_R = exp_p_Rv.sum(-1)
-        ratio_local_R = exp_p_Rv.mul_(shifted_p_Rv.sub_(shifted_q_Rv)).sum(-1)
-        q_local_R = shifted_q_Rv.exp_().sum(-1)
-        q_sum_R, p_sum_R, ratio_R = all_reduce(
-            [q_local_R, p_local_R, ratio_local_R], dist.ReduceOp.SUM, partition.group
-        )
-        ctx.save_for_backward(student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, p_sum_R)
-        return ratio_R / p_sum_R + (q_sum_R.log() - p_sum_R.log())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, p_sum_R = ctx.saved_tensors
-        q_Rv = shifted_by(student_Rv, q_max_R).exp_().div_(q_sum_R[:, None])
-        p_Rv = shifted_by(teacher_Rv, p_max_R).exp_().div_(p_sum_R[:, None])
-        return q_Rv.sub_(p_Rv).mul_(grad_R[:, None]), None, None
+def _linear_parts(kind: Divergence, clip: Clip) -> tuple[float, float]:
+    """Weights of forward and reverse KL if the divergence is a sum of them: it is known with m and Z. Else zeros."""
+    if clip != Clip():
+        return 0.0, 0.0
+    forward = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": kind.parameter}.get(kind.name)
+    return (0.0, 0.0) if forward is None else (forward, 1.0 - forward)
 
 
-class _ReverseKL(Function):
-    @staticmethod
-    def forward(ctx: Any, student_Rv: Tensor, teacher_Rv: Tensor, partition: VocabPartition) -> Tensor:
-        q_max_R, p_max_R = maxima(partition.group, student_Rv, teacher_Rv)
-        shifted_q_Rv, shifted_p_Rv = shifted_by(student_Rv, q_max_R), shifted_by(teacher_Rv, p_max_R)
-        exp_q_Rv = shifted_q_Rv.exp()
-        q_local_R = exp_q_Rv.sum(-1)
-        ratio_local_R = exp_q_Rv.mul_(shifted_q_Rv.sub_(shifted_p_Rv)).sum(-1)
-        p_local_R = shifted_p_Rv.exp_().sum(-1)
-        q_sum_R, p_sum_R, ratio_R = all_reduce(
-            [q_local_R, p_local_R, ratio_local_R], dist.ReduceOp.SUM, partition.group
-        )
-        mean_R = ratio_R / q_sum_R
-        ctx.save_for_backward(student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, mean_R)
-        return mean_R + (p_sum_R.log() - q_sum_R.log())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None]:
-        student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, mean_R = ctx.saved_tensors
-        shifted_q_Rv = shifted_by(student_Rv, q_max_R)
-        q_Rv = shifted_q_Rv.exp().mul_((grad_R / q_sum_R)[:, None])
-        # log(q/p) - R: the log Z of both models cancels, so it is never added.
-        centred_Rv = shifted_q_Rv.sub_(shifted_by(teacher_Rv, p_max_R)).sub_(mean_R[:, None])
-        return q_Rv.mul_(centred_Rv), None, None
-
-
-class _Pointwise(Function):
-    """Any divergence that is a sum of entries, each between the bounds of a `Clip` or else constant.
-
-    With a_v = 1 where the entry is within the bounds, and s_v + c q_v the slope, the gradient is
-    a_j s_j - q_j sum_v a_v s_v + c q_j (a_j - sum_v a_v q_v).
-    """
+class _Divergence(Function):
+    """Any divergence of the module's table, each entry between the bounds of a `Clip` or else constant."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student_Rv: Tensor,
-        teacher_Rv: Tensor,
-        partition: VocabPartition,
-        kind: Divergence,
-        clip: Clip | None,
+        ctx: Any, student_Rv: Tensor, teacher_Rv: Tensor, ours: Reading, theirs: Reading, kind: Divergence, clip: Clip
     ) -> Tensor:
-        q_max_R, p_max_R = maxima(partition.group, student_Rv, teacher_Rv)
-        local = [shifted_by(student_Rv, q_max_R).exp_().sum(-1), shifted_by(teacher_Rv, p_max_R).exp_().sum(-1)]
-        q_sum_R, p_sum_R = all_reduce(local, dist.ReduceOp.SUM, partition.group)
-        models = (student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, p_sum_R)
-        q_Rv, entry_Rv, slope_Rv, active_Rv = _entries(*models, kind, clip)
-        sums = [entry_Rv.sum(-1), slope_Rv.sum(-1)]
-        if active_Rv is not None:
-            sums.append(q_Rv.masked_fill(active_Rv, 0.0).sum(-1))
-        value_R, *totals = all_reduce(sums, dist.ReduceOp.SUM, partition.group)
-        ctx.kind, ctx.clip = kind, clip
-        ctx.save_for_backward(*models, *totals)
-        return value_R
+        columns = [ours.columns(student_Rv), theirs.columns(teacher_Rv)]
+        scales = ours.scale, theirs.scale
+        forward, reverse = _linear_parts(kind, clip)
+        models_nR = _models(columns, scales, forward > 0, reverse > 0, ours)
+        log_ratio_R = models_nR[2].log() - models_nR[3].log()
+        ctx.readings, ctx.kind, ctx.clip = (ours, theirs), kind, clip
+        if forward or reverse:
+            value_R, mean_R = torch.zeros_like(log_ratio_R), None
+            if forward:
+                value_R = forward * (models_nR[4] / models_nR[3] + log_ratio_R)
+            if reverse:
+                mean_R = models_nR[-1] / models_nR[2]
+                value_R = value_R + reverse * (mean_R - log_ratio_R)
+            ctx.save_for_backward(student_Rv, teacher_Rv, models_nR[:4], mean_R)
+            return value_R
+        rows_nR = torch.cat([models_nR[:2], models_nR[2:].reciprocal(), log_ratio_R[None]])
+        settings = *scales, kind.name, kind.parameter, clip.low, clip.high
+        sums = backend.chosen().sums(regions.entry_sums, columns, rows_nR, *settings)
+        reduce_in_place(sums, dist.ReduceOp.SUM, ours.partition.group)
+        total_R = sums[1] - ENTRIES[kind.name][1](kind.parameter) * sums[2] if len(sums) == 3 else sums[1]
+        ctx.save_for_backward(student_Rv, teacher_Rv, rows_nR, total_R)
+        return sums[0].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None, None, None, None]:
-        *models, slope_R = ctx.saved_tensors if ctx.clip is None else ctx.saved_tensors[:-1]
-        q_Rv, _, grad_Rv, active_Rv = _entries(*models, ctx.kind, ctx.clip)
-        if active_Rv is not None:
-            constant = ENTRIES[ctx.kind.name][1](ctx.kind.parameter)
-            inactive_R = ctx.saved_tensors[-1]
-            slope_R = slope_R - constant * inactive_R
-            grad_Rv = grad_Rv.sub_(q_Rv.masked_fill(active_Rv, 0.0), alpha=constant)
-        return grad_Rv.sub_(q_Rv.mul_(slope_R[:, None])).mul_(grad_R[:, None]), None, None, None, None
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        ours, theirs = ctx.readings
+        student_Rv, teacher_Rv, rows_nR, total_R = ctx.saved_tensors
+        kind, clip, scales = ctx.kind, ctx.clip, (ours.scale, theirs.scale)
+        logits, factor_R = [student_Rv, theirs.columns(teacher_Rv)], grad_R * ours.scale
+        forward, reverse = _linear_parts(kind, clip)
+        if not forward and not reverse:
+            rows_nR = torch.cat([rows_nR, torch.stack([factor_R, total_R])])
+            settings = *scales, kind.name, kind.parameter, clip.low, clip.high
+            return ours.gradient(regions.entry_gradient, logits, rows_nR, *settings), *[None] * 5
+        over_q_R, over_p_R = factor_R / rows_nR[2], factor_R / rows_nR[3]
+        mean_R = torch.zeros_like(factor_R) if total_R is None else total_R
+        weights_nR = torch.stack([forward * over_q_R, forward * over_p_R, reverse * over_q_R, mean_R])
+        rows_nR = torch.cat([rows_nR[:2], weights_nR])
+        return ours.gradient(regions.kl_gradient, logits, rows_nR, *scales, forward > 0, reverse > 0), *[None] * 5
 
 
-def _entries(
-    student_Rv: Tensor,
-    teacher_Rv: Tensor,
-    q_max_R: Tensor,
-    q_sum_R: Tensor,
-    p_max_R: Tensor,
-    p_sum_R: Tensor,
-    kind: Divergence,
-    clip: Clip | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, entries within their bounds, slopes (0 where inactive), and which are active: [R, v] each."""
-    q_Rv, p_Rv, ratio_Rv = _probabilities(student_Rv, teacher_Rv, q_max_R, q_sum_R, p_max_R, p_sum_R)
-    entry_Rv, slope_Rv = ENTRIES[kind.name][0](q_Rv, p_Rv, ratio_Rv, kind.parameter)
-    if clip is None:
-        return q_Rv, entry_Rv, slope_Rv, None
-    clipped_Rv = entry_Rv.clamp(clip.low, clip.high)
-    active_Rv = clipped_Rv == entry_Rv
-    return q_Rv, clipped_Rv, slope_Rv.masked_fill(~active_Rv, 0.0), active_Rv
-
-
-def _probabilities(
-    student_Rv: Tensor, teacher_Rv: Tensor, q_max_R: Tensor, q_sum_R: Tensor, p_max_R: Tensor, p_sum_R: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and log(p/q), each [R, v]."""
-    shifted_q_Rv, shifted_p_Rv = shifted_by(student_Rv, q_max_R), shifted_by(teacher_Rv, p_max_R)
-    q_Rv = shifted_q_Rv.exp().div_(q_sum_R[:, None])
-    p_Rv = shifted_p_Rv.exp().div_(p_sum_R[:, None])
-    ratio_Rv = shifted_p_Rv.sub_(shifted_q_Rv).add_((q_sum_R.log() - p_sum_R.log())[:, None])
-    return q_Rv, p_Rv, ratio_Rv
-
-
-_CLOSED = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL}
+def _models(
+    columns: list[Tensor], scales: tuple[float, float], forward: bool, reverse: bool, reading: Reading
+) -> Tensor:
+    """`regions.pair_sums` over all ranks: [n, R]. One MAX and one SUM all-reduce."""
+    group = reading.partition.group
+    sums_nR = backend.chosen().sums(regions.pair_sums, columns, None, *scales, forward, reverse)
+    own_2R = sums_nR[:2].clone()
+    if reduce_in_place(sums_nR[:2], dist.ReduceOp.MAX, group):
+        below_2R = below(own_2R, sums_nR[:2])
+        weight_2R = below_2R.exp()
+        # log p - log q of every id, whose logits so far are relative to this rank's maxima. Where all are excluded
+        # there is none to be relative to.
+        shift_2R = below_2R.masked_fill(own_2R == torch.finfo(own_2R.dtype).min, 0.0)
+        shift_R = shift_2R[1] - shift_2R[0]
+        if forward:
+            sums_nR[4] = weight_2R[1] * (sums_nR[4] + sums_nR[3] * shift_R)
+        if reverse:
+            sums_nR[-1] = weight_2R[0] * (sums_nR[-1] - sums_nR[2] * shift_R)
+        sums_nR[2:4] *= weight_2R
+        reduce_in_place(sums_nR[2:], dist.ReduceOp.SUM, group)
+    return sums_nR

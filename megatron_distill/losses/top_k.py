@@ -54,7 +54,7 @@ def top_k_divergence(
     if teacher.ids_RK.shape[-1] > student.partition.valid:
         raise ValueError(f"k={teacher.ids_RK.shape[-1]}: the vocabulary has {student.partition.valid} ids")
     setting = _Setting(canonical(kind), outside, clip)
-    value_R = _TopK.apply(student.logits_Rv, student.partition, teacher, setting)
+    value_R = _TopK.apply(student.scaled_Rv(), student.partition, teacher, setting)
     return value_R.masked_fill(_bad_rows(teacher.ids_RK, student.partition.valid), float("inf"))
 
 

@@ -48,10 +48,15 @@ LOSSES: dict[str, tuple[Loss, Reference]] = {
         lambda s, t, ids, warm: dense.entropy(s, warm),
     ),
     "logprob_and_entropy": (
-        lambda s, t, ids: torch.stack(vocab.logprob_and_entropy(s, ids)).T @ s.logits_Rv.new_tensor([1.0, -0.7]),
+        lambda s, t, ids: torch.stack(vocab.logprob_and_entropy(s, ids)).T @ _pair_like(s),
         lambda s, t, ids, warm: dense.logprob(s, ids, warm) - 0.7 * dense.entropy(s, warm),
     ),
 }
+
+
+def _pair_like(shard: VocabShard) -> Tensor:
+    """Weights of log-prob and entropy, in the type of the arithmetic."""
+    return shard.scaled_Rv().new_tensor([1.0, -0.7])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,176 @@
+"""What one rank computes from its own columns of the logits: tensor functions without collectives or autograd.
+
+Every region is `region(logits, rows_nR, *settings)`: raw logits [R, v] of one model or of student and teacher, real
+columns only and of any floating type; numbers per row, one kind per line; and plain Python settings. It gives either
+sums per row [n, R] or the columns of a gradient [R, v]. Types are widened and the temperature is applied here and
+nowhere else. Rows do not know of each other, so a backend may take as many at a time as it likes.
+
+s = max(logit / T - m, LOWEST) is a shifted logit. m and Z = sum exp(s) stay apart: exp(s) / Z is several times more
+exact in fp32 than exp(logit - logsumexp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_distill.losses.pointwise import ENTRIES
+
+type Region = Callable[..., Tensor]
+
+LOWEST = -1e4
+"""A logit further than this below its row's maximum, -inf included, counts as this far below it.
+
+exp(-1e4) is 0 in every floating type, so no probability changes. It turns 0 * inf into 0, and what would be an
+infinite divergence between models that exclude different ids into a large finite one.
+"""
+
+
+def model_sums(logits: Sequence[Tensor], rows_nR: None, scale: float, with_entropy: bool) -> Tensor:
+    """m, Z and, if wanted, sum exp(s) s of one model."""
+    scaled_Rv = _scaled(logits[0], scale)
+    max_R = _maxima(scaled_Rv)
+    shifted_Rv = _shifted(scaled_Rv, max_R)
+    exp_Rv = shifted_Rv.exp()
+    sums = [max_R, exp_Rv.sum(-1)]
+    if with_entropy:
+        sums.append((exp_Rv * shifted_Rv).sum(-1))
+    return torch.stack(sums)
+
+
+def pair_sums(
+    logits: Sequence[Tensor], rows_nR: None, student_scale: float, teacher_scale: float, forward: bool, reverse: bool
+) -> Tensor:
+    """m_q, m_p, Z_q, Z_p, and if wanted sum exp(s_p) (s_p - s_q) and sum exp(s_q) (s_q - s_p)."""
+    student_Rv, teacher_Rv = _scaled(logits[0], student_scale), _scaled(logits[1], teacher_scale)
+    q_max_R, p_max_R = _maxima(student_Rv), _maxima(teacher_Rv)
+    shifted_q_Rv, shifted_p_Rv = _shifted(student_Rv, q_max_R), _shifted(teacher_Rv, p_max_R)
+    exp_q_Rv, exp_p_Rv = shifted_q_Rv.exp(), shifted_p_Rv.exp()
+    sums = [q_max_R, p_max_R, exp_q_Rv.sum(-1), exp_p_Rv.sum(-1)]
+    if forward:
+        sums.append((exp_p_Rv * (shifted_p_Rv - shifted_q_Rv)).sum(-1))
+    if reverse:
+        sums.append((exp_q_Rv * (shifted_q_Rv - shifted_p_Rv)).sum(-1))
+    return torch.stack(sums)
+
+
+def entry_sums(
+    logits: Sequence[Tensor],
+    rows_nR: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    name: str,
+    parameter: float,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """Of a divergence's entries: their sum, their slopes' sum and, if they are clipped, q's sum over the inactive.
+
+    `rows_nR` are m_q, m_p, 1/Z_q, 1/Z_p and log Z_q - log Z_p.
+    """
+    q_Rv, entry_Rv, slope_Rv, inactive_Rv = _entries(
+        logits, rows_nR, student_scale, teacher_scale, name, parameter, low, high
+    )
+    sums = [entry_Rv.sum(-1), slope_Rv.sum(-1)]
+    if inactive_Rv is not None:
+        sums.append(torch.where(inactive_Rv, q_Rv, 0.0).sum(-1))
+    return torch.stack(sums)
+
+
+def entry_gradient(
+    logits: Sequence[Tensor],
+    rows_nR: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    name: str,
+    parameter: float,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """(slope - q total) factor, with c q less in the slope of entries that are not active.
+
+    `rows_nR` are those of `entry_sums`, then the factor and the total.
+    """
+    q_Rv, _, slope_Rv, inactive_Rv = _entries(logits, rows_nR, student_scale, teacher_scale, name, parameter, low, high)
+    factor_R, total_R = rows_nR[5], rows_nR[6]
+    total_Rv: Tensor = total_R[:, None]
+    if inactive_Rv is not None:
+        total_Rv = torch.where(inactive_Rv, total_Rv + ENTRIES[name][1](parameter), total_Rv)
+    return (slope_Rv - q_Rv * total_Rv) * factor_R[:, None]
+
+
+def kl_gradient(
+    logits: Sequence[Tensor],
+    rows_nR: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    forward: bool,
+    reverse: bool,
+) -> Tensor:
+    """exp(s_q) (a + b (s_q - s_p - mean)) - exp(s_p) c: `rows_nR` are m_q, m_p, a, c, b, mean.
+
+    The first part of it is the forward KL's, the second the reverse KL's; log Z of both models has cancelled.
+    """
+    q_max_R, p_max_R, a_R, c_R, b_R, mean_R = rows_nR.unbind()
+    shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), q_max_R)
+    shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), p_max_R)
+    if not reverse:
+        return shifted_q_Rv.exp() * a_R[:, None] - shifted_p_Rv.exp() * c_R[:, None]
+    factor_Rv = (shifted_q_Rv - shifted_p_Rv - mean_R[:, None]) * b_R[:, None]
+    if not forward:
+        return shifted_q_Rv.exp() * factor_Rv
+    return shifted_q_Rv.exp() * (factor_Rv + a_R[:, None]) - shifted_p_Rv.exp() * c_R[:, None]
+
+
+def softmax_gradient(logits: Sequence[Tensor], rows_nR: Tensor, scale: float, with_entropy: bool) -> Tensor:
+    """exp(s) (factor + slope s): `rows_nR` are m, the factor and, `with_entropy`, the slope."""
+    shifted_Rv = _shifted(_scaled(logits[0], scale), rows_nR[0])
+    if not with_entropy:
+        return shifted_Rv.exp() * rows_nR[1][:, None]
+    return shifted_Rv.exp() * (shifted_Rv * rows_nR[2][:, None] + rows_nR[1][:, None])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In the type of the arithmetic: fp64 stays, anything else becomes fp32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _scaled(logits_Rv: Tensor, scale: float) -> Tensor:
+    return wide(logits_Rv) if scale == 1.0 else wide(logits_Rv) * scale
+
+
+def _maxima(scaled_Rv: Tensor) -> Tensor:
+    """Finite on a rank of nothing but padding too: -inf minus -inf is not a number."""
+    lowest = torch.finfo(scaled_Rv.dtype).min
+    if scaled_Rv.shape[-1] == 0:
+        return scaled_Rv.new_full(scaled_Rv.shape[:1], lowest)
+    return scaled_Rv.amax(-1).clamp(min=lowest)
+
+
+def _shifted(scaled_Rv: Tensor, max_R: Tensor) -> Tensor:
+    return (scaled_Rv - max_R[:, None]).clamp(min=LOWEST)
+
+
+def _entries(
+    logits: Sequence[Tensor],
+    rows_nR: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    name: str,
+    parameter: float,
+    low: float | None,
+    high: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """q, the entries within their bounds, their slopes (0 where inactive), and which are inactive: [R, v] each."""
+    shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), rows_nR[0])
+    shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), rows_nR[1])
+    q_Rv, p_Rv = shifted_q_Rv.exp() * rows_nR[2][:, None], shifted_p_Rv.exp() * rows_nR[3][:, None]
+    ratio_Rv = shifted_p_Rv - shifted_q_Rv + rows_nR[4][:, None]
+    entry_Rv, slope_Rv = ENTRIES[name][0](q_Rv, p_Rv, ratio_Rv, parameter)
+    if low is None and high is None:
+        return q_Rv, entry_Rv, slope_Rv, None
+    clipped_Rv = entry_Rv.clamp(low, high)
+    inactive_Rv = clipped_Rv != entry_Rv
+    return q_Rv, clipped_Rv, torch.where(inactive_Rv, 0.0, slope_Rv), inactive_Rv
