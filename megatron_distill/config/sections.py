@@ -21,6 +21,9 @@ class TrainSection:
     """Packed tokens of one forward pass; a longer sequence has a micro-batch to itself."""
     chunk_rows: int = 1024
     """Response tokens whose logits exist at a time; less needs less memory."""
+    losses: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """Who computes losses over the vocabulary: torch as it stands, its compiler, or the project's Triton kernels.
+    `auto` is `compiled` on a GPU and `eager` on a CPU, where compiling pays only in long runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is NaN or infinite: end the run, or leave out the step and count it."""
 

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Backend(Protocol):
     collectives: str
     te_layers: bool
     """Whether layers are TransformerEngine's, which name norms after the projection they are fused into."""
+    losses: Literal["eager", "compiled"]
+    """Which backend of `losses` to use where nobody says."""
 
     def prepare(self) -> None:
         """Once per process, before Megatron is used."""
@@ -80,6 +82,7 @@ class CpuBackend:
     device = torch.device("cpu")
     collectives = "gloo"
     te_layers = False
+    losses: Literal["eager", "compiled"] = "eager"  # compiling takes longer than most runs on a CPU do
 
     def prepare(self) -> None:
         from megatron_distill.runtime import megatron_cpu
@@ -132,6 +135,7 @@ class CudaBackend:
 
     collectives = "nccl"
     te_layers = True
+    losses: Literal["eager", "compiled"] = "compiled"
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "train.on_nonfinite",
     "train.tokens_per_micro_batch",
     "train.chunk_rows",
+    "train.losses",
     "student.recompute",
     "rollout.engine",
     "rollout.record",

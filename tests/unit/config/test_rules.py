@@ -48,6 +48,7 @@ def test_a_sound_config_passes(run_file):
         ("objective.temperature=2", "rollout.sampling.temperature=1.0: objective.kind=opd with these settings needs"),
         ("eval.every=5", "eval.every=5: there is nothing to evaluate on"),
         ("student.model=nowhere", "student.model: nowhere: no such"),
+        ("train.losses=triton", "train.losses=triton needs a GPU: set train.losses=compiled, or auto"),
         ("precision={dtype: bf16, fp8: {}}", "precision.fp8 needs TransformerEngine on a GPU"),
     ],
 )
