@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from megatron_distill.losses.signal import teacher_entropy
 from megatron_distill.objectives.eopd import EOPD
 from megatron_distill.objectives.opd import OPD
-from megatron_distill.types import Fidelity
+from megatron_distill.types import Fidelity, Full, VocabPartition
 from tests.oracles import dense
 from tests.unit.objectives.judged import STUDENT, TEACHER, every_token, packed, run
 
@@ -47,9 +48,11 @@ def test_the_forward_kl_is_added_and_nothing_is_switched_off(alpha: float) -> No
 
 def test_the_threshold_itself_counts_as_undecided() -> None:
     """The paper's text says above, its code at or above."""
-    exact = dense.entropy(TEACHER[None], 1.0).item()
+    partition = VocabPartition(start=0, width=4, valid=4, group=None)
+    signal = Full(hidden_RH=TEACHER[None], head_vH=torch.eye(4, dtype=torch.float64), partition=partition)
+    exact = teacher_entropy(signal, 1.0).item()
     assert exact == pytest.approx(ENTROPY, abs=1e-9)
-    for threshold, added in ((exact - 1e-9, True), (exact + 1e-9, False)):
+    for threshold, added in ((exact, True), (exact + 1e-9, False)):
         found = run(EOPD(top_k=2, entropy_threshold=threshold), BATCH, STUDENTS, TEACHERS)
         assert (found.sums["loss/forward_kl"] > 0) is added
 
