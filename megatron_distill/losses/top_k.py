@@ -17,8 +17,6 @@ KLs, three for anything else and whatever is clipped, none backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +26,15 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron_distill.losses import backend, regions
 from megatron_distill.losses.kinds import Clip, Divergence, Outside
 from megatron_distill.losses.pointwise import ENTRIES, canonical
-from megatron_distill.losses.vocab import LOWEST, all_reduce, shifted_by
+from megatron_distill.losses.regions import LOWEST, wide
+from megatron_distill.losses.vocab import Reading, all_reduce, below
 from megatron_distill.types import TopK, VocabPartition, VocabShard
 
 _FLOOR = -1e30
-"""A row's maximum is no less than this, so that there is one even where every id counted is excluded."""
+"""A logit of S counts as no less than this, so that S has a largest one even where the student excludes all of it."""
 
 
 def top_k_divergence(
@@ -54,7 +54,7 @@ def top_k_divergence(
     if teacher.ids_RK.shape[-1] > student.partition.valid:
         raise ValueError(f"k={teacher.ids_RK.shape[-1]}: the vocabulary has {student.partition.valid} ids")
     setting = _Setting(canonical(kind), outside, clip)
-    value_R = _TopK.apply(student.scaled_Rv(), student.partition, teacher, setting)
+    value_R = _TopK.apply(student.logits_Rv, Reading.of(student), teacher, setting)
     return value_R.masked_fill(_bad_rows(teacher.ids_RK, student.partition.valid), float("inf"))
 
 
@@ -117,32 +117,33 @@ class _Columns:
         """`values_RK`, and `otherwise` where an id is another rank's."""
         return values_RK if self.owned_RK is None else values_RK.masked_fill(~self.owned_RK, otherwise)
 
-    @contextmanager
-    def hidden(self, logits_Rv: Tensor) -> Iterator[None]:
-        """Within, this rank's ids of S have the logit -inf, so that whatever is made of rows leaves them out.
+    def hide(self, logits_Rv: Tensor) -> Tensor:
+        """Give this rank's ids of S the logit -inf, so that regions leave them out; what is to be put back: [R, K].
 
-        That costs k numbers per row where a mask would cost v. The very logits are changed, and put back before
-        anybody else can look; `data` keeps it from autograd, rightly so: for a graph that has saved these logits
+        That costs k numbers per row where a mask would cost v. The very logits are changed, and are to be put back
+        before anybody else can look; `data` keeps it from autograd, rightly so: for a graph that has saved them
         nothing has happened.
         """
-        logits_Rv = logits_Rv.data
-        before_RK = logits_Rv.gather(-1, self.index_RK)
+        before_RK = logits_Rv.data.gather(-1, self.index_RK)
         hidden_RK = torch.full_like(before_RK, float("-inf"))
         if self.owned_RK is not None:
             hidden_RK = torch.where(self.owned_RK.any(-1, keepdim=True), hidden_RK, before_RK)
-        logits_Rv.scatter_(-1, self.index_RK, hidden_RK)
-        try:
-            yield
-        finally:
-            logits_Rv.scatter_(-1, self.index_RK, before_RK)
+        logits_Rv.data.scatter_(-1, self.index_RK, hidden_RK)
+        return before_RK
+
+    def put_back(self, logits_Rv: Tensor, before_RK: Tensor) -> None:
+        """Undo `hide`."""
+        logits_Rv.data.scatter_(-1, self.index_RK, before_RK)
 
 
 class _TopK(Function):
     @staticmethod
-    def forward(ctx: Any, logits_Rv: Tensor, partition: VocabPartition, teacher: TopK, setting: _Setting) -> Tensor:
+    def forward(ctx: Any, logits_Rv: Tensor, reading: Reading, teacher: TopK, setting: _Setting) -> Tensor:
+        partition = reading.partition
         columns = _Columns.of(teacher.ids_RK, partition)
-        log_p_RK, log_p_tail_R = _teacher(teacher, setting.outside, partition.valid, logits_Rv.dtype)
-        softmax = _Softmax.of(logits_Rv, columns, log_p_RK, setting, partition.group)
+        dtype = torch.float64 if logits_Rv.dtype == torch.float64 else torch.float32
+        log_p_RK, log_p_tail_R = _teacher(teacher, setting.outside, partition.valid, dtype)
+        softmax = _Softmax.of(logits_Rv, reading, columns, log_p_RK, setting)
         value_RK, slope_RK, fixed_RK = setting.entries(softmax.log_q_RK, log_p_RK)
         q_RK = softmax.log_q_RK.exp()
         if setting.linear:
@@ -152,8 +153,7 @@ class _TopK(Function):
             local = [columns.owned(part_RK).sum(-1) for part_RK in (value_RK, slope_RK, fixed_RK)]
             value_R, slope_R, fixed_R = all_reduce(local, dist.ReduceOp.SUM, partition.group)
 
-        ctx.columns = columns
-        off_R = None
+        off_R = torch.zeros_like(value_R)
         if setting.outside != "renormalise":
             q_tail_R = softmax.log_q_tail_R.exp()
             if log_p_tail_R is None:
@@ -168,6 +168,7 @@ class _TopK(Function):
         on_RK = slope_RK - q_RK * slope_R[:, None]
         if setting.constant:
             on_RK += setting.constant * (q_RK * fixed_R[:, None] - fixed_RK)
+        ctx.columns, ctx.reading = columns, reading
         ctx.save_for_backward(logits_Rv, softmax.tail_max_R, columns.owned(on_RK), off_R)
         return value_R
 
@@ -175,13 +176,14 @@ class _TopK(Function):
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         logits_Rv, tail_max_R, on_RK, off_R = ctx.saved_tensors
-        if off_R is None:
-            grad_Rv = torch.zeros_like(logits_Rv)
-        else:
-            with ctx.columns.hidden(logits_Rv):
-                grad_Rv = shifted_by(logits_Rv, tail_max_R).exp_().mul_((off_R * grad_R)[:, None])
+        columns, scale = ctx.columns, ctx.reading.scale
+        rows_2R = torch.stack([tail_max_R, off_R * grad_R * scale])
+        before_RK = columns.hide(logits_Rv)
+        grad_Rv = ctx.reading.gradient(regions.softmax_gradient, [logits_Rv], rows_2R, scale, False)
+        if grad_Rv.data_ptr() != logits_Rv.data_ptr():
+            columns.put_back(logits_Rv, before_RK)
         # Columns of S hold 0 so far; added, because several ids of other ranks may point at one of them.
-        grad_Rv.scatter_add_(-1, ctx.columns.index_RK, on_RK * grad_R[:, None])
+        grad_Rv.scatter_add_(-1, columns.index_RK, (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype))
         return grad_Rv, None, None, None
 
 
@@ -219,30 +221,34 @@ class _Softmax:
     """Off S q = exp(u - tail_max) / tail_sum * (1-Q)."""
 
     @staticmethod
-    def of(
-        logits_Rv: Tensor, columns: _Columns, log_p_RK: Tensor, setting: _Setting, group: dist.ProcessGroup | None
-    ) -> _Softmax:
-        logits_RK = logits_Rv.gather(-1, columns.index_RK).clamp(min=_FLOOR)
+    def of(logits_Rv: Tensor, reading: Reading, columns: _Columns, log_p_RK: Tensor, setting: _Setting) -> _Softmax:
+        group, scale = reading.partition.group, reading.scale
+        logits_RK = (wide(logits_Rv.gather(-1, columns.index_RK)) * scale).clamp(min=_FLOOR)
         top_max_R = columns.owned(logits_RK, float("-inf")).amax(-1)
-        own_max_R, own_sum_R = torch.full_like(top_max_R, _FLOOR), torch.zeros_like(top_max_R)
-        if setting.outside != "renormalise":
-            with columns.hidden(logits_Rv):
-                own_max_R = logits_Rv.amax(-1).clamp_(min=_FLOOR)
-                own_sum_R = shifted_by(logits_Rv, own_max_R).exp_().sum(-1)
+        if setting.outside == "renormalise":
+            # exp(u - tail_max) is 0 everywhere off S
+            own_max_R, own_sum_R = torch.full_like(top_max_R, -_FLOOR), torch.zeros_like(top_max_R)
+        else:
+            before_RK = columns.hide(logits_Rv)
+            real = [reading.columns(logits_Rv)]
+            try:
+                own_max_R, own_sum_R = backend.chosen().sums(regions.model_sums, real, None, scale, False)
+            finally:
+                columns.put_back(logits_Rv, before_RK)
         top_max_R, tail_max_R = all_reduce([top_max_R, own_max_R], dist.ReduceOp.MAX, group)
-        max_R = torch.maximum(top_max_R, tail_max_R)
+        max_R = top_max_R if setting.outside == "renormalise" else torch.maximum(top_max_R, tail_max_R)
 
         shifted_RK = (logits_RK - max_R[:, None]).clamp_(min=LOWEST)
         exp_RK = shifted_RK.exp()
-        local = [own_sum_R * (own_max_R - tail_max_R).exp(), columns.owned(exp_RK).sum(-1)]
+        local = [own_sum_R * below(own_max_R, tail_max_R).exp(), columns.owned(exp_RK).sum(-1)]
         if setting.linear:
             forward = setting.kind.name == "forward_kl"
             picked_RK = log_p_RK.exp() * shifted_RK if forward else exp_RK * (shifted_RK - log_p_RK)
             local.append(columns.owned(picked_RK).sum(-1))
         tail_sum_R, top_sum_R, *picked = all_reduce(local, dist.ReduceOp.SUM, group)
 
-        tail_shift_R = (tail_max_R - max_R).clamp(min=LOWEST)
-        sum_R = top_sum_R + tail_sum_R * tail_shift_R.exp()
+        tail_shift_R = below(tail_max_R, max_R)
+        sum_R = top_sum_R + tail_sum_R * tail_shift_R.clamp(max=0.0).exp()
         log_sum_R = sum_R.log()
         if picked and not forward:
             picked[0] = picked[0] / sum_R

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_distill.losses.divergence import divergence
 from megatron_distill.losses.kinds import Clip, Divergence, Name, Outside
 from megatron_distill.losses.top_k import top_k_divergence
+from megatron_distill.losses.vocab import logprob
 from megatron_distill.testing.assertions import assert_close
 from megatron_distill.types import TopK, VocabPartition, VocabShard
 from tests.oracles import dense
@@ -244,3 +245,39 @@ def test_refusals() -> None:
 
 def test_every_kind_is_tried() -> None:
     assert {kind.name for kind in KINDS} == set(get_args(Name.__value__))
+
+
+@pytest.mark.parametrize("outside", OUTSIDES)
+@pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.name)
+def test_the_gradient_may_take_the_place_of_disposable_logits(kind: Divergence, outside: Outside) -> None:
+    """Unless something else is still to read them: then it does not."""
+    student, teacher = torch.randn(4, 48), _top(torch.randn(4, 40), 5, 1.3)
+    partition = VocabPartition(start=0, width=48, valid=40, group=None)
+
+    def gradient(disposable: bool, also: bool) -> tuple[Tensor, bool]:
+        logits = student.clone().requires_grad_()
+        shard = VocabShard.of(logits, partition, 1.3, disposable=disposable)
+        value = top_k_divergence(shard, teacher, kind, outside).sum()
+        if also:
+            value = value + logprob(shard, torch.arange(4)).sum()
+        (found,) = torch.autograd.grad(value, logits)
+        return found, found.data_ptr() == logits.data_ptr()
+
+    for also in (False, True):
+        expected, taken = gradient(False, also)
+        assert not taken
+        found, taken = gradient(True, also)
+        assert taken or also
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("outside", OUTSIDES)
+def test_low_precision_logits_are_read_wide(outside: Outside) -> None:
+    """bf16 in: the loss of these very numbers to fp32 accuracy, the gradient rounded once."""
+    student, teacher = torch.randn(8, 300).bfloat16(), _top(torch.randn(8, 300), 9)
+    expected, expected_gradient = _value_and_gradient(student.double(), teacher, REVERSE, outside)
+    value, gradient = _value_and_gradient(student, teacher, REVERSE, outside)
+    assert value.dtype == torch.float32
+    assert gradient.dtype == torch.bfloat16
+    assert_close(value, expected, "value")
+    assert_close(gradient, expected_gradient, "gradient", 2**-8)
