@@ -33,6 +33,15 @@ def test_a_sound_config_passes(run_file):
             "teachers: big given, objective.kind=opd with these settings uses small: add teachers.small and take out "
             "teachers.big (=null)",
         ),
+        (
+            "objective={kind: opd, teacher_sources: {math: big, code: coder}}",
+            "teachers: big given, objective.kind=opd with these settings uses big, coder: add teachers.coder",
+        ),
+        (
+            "objective={kind: dpo}",
+            "teachers: big given, objective.kind=dpo with these settings uses reference: add teachers.reference and",
+        ),
+        ("rollout={kind: pairs}", "rollout.kind=pairs gives tokens of the data, objective.kind=opd"),
         ("parallel.tp=4", "parallel.tp=4: does not divide the 2 key-value heads of student.model; allowed: 1, 2"),
         ("parallel.pp=4", "parallel.pp=4: does not divide the 2 layers of student.model; allowed: 1, 2"),
         (
@@ -54,6 +63,42 @@ def test_a_sound_config_passes(run_file):
 )
 def test_what_cannot_run_here_is_refused(run_file, override, complaint):
     assert complaints(run_file, override)[0].startswith(complaint)
+
+
+NO_TEACHER = "teachers.big=null"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["objective={kind: redi}", NO_TEACHER],
+            "rollout.kind=generate gives no pairs, objective.kind=redi learns from a chosen and a rejected response",
+        ),
+        (
+            ["objective={kind: sft}", "rollout={kind: pairs}", NO_TEACHER],
+            "rollout.kind=pairs gives a rejected response with each chosen one, objective.kind=sft would learn from",
+        ),
+        (
+            ["objective={kind: grpo}", "rollout.samples_per_prompt=4", "reward={kind: none}", NO_TEACHER],
+            "reward.kind=none gives no reward, objective.kind=grpo learns from one: set reward.kind=math or exact",
+        ),
+        (
+            ["objective={kind: grpo}", NO_TEACHER],
+            "rollout.samples_per_prompt=1: objective.kind=grpo compares rollouts of one prompt: set 2 or more",
+        ),
+        (
+            ["rollout={samples_per_prompt: 4, keep_groups: mixed}", "reward={kind: none}"],
+            "reward.kind=none gives no reward, rollout.kind=generate with these settings chooses rollouts by theirs",
+        ),
+        (
+            ["objective={kind: tropd}", "rollout={kind: demonstrations}"],
+            "rollout.kind=demonstrations gives tokens of the data, objective.kind=tropd with these settings learns only",
+        ),
+    ],
+)
+def test_what_an_objective_needs_and_nobody_gives_is_refused(run_file, overrides, complaint):
+    assert complaints(run_file, *overrides)[0].startswith(complaint)
 
 
 def test_samples_may_be_filtered_where_the_loss_is_over_the_vocabulary(run_file):
