@@ -5,6 +5,11 @@ An objective's loss is normalised over the whole step before it gets here: what 
 and context parallel ranks, and divides them by the sum of the token counts that the loss function returns. Each
 micro-batch returns a count of one here, so the divisor is the number of micro-batches in the step, known beforehand;
 every part is multiplied by it and the two cancel. No other module knows.
+
+The output weight's gradient goes straight into the fp32 buffer in which Megatron sums it over micro-batches and over
+ranks, in the forward pass of its micro-batch (`losses.chunk`). Where the weight is the embedding too, autograd still
+brings the embedding's part later: Megatron's hook adds it to the same buffer. A copy of a tied weight on the last
+pipeline stage has a buffer of its own, and Megatron sums the two. There is no loss scaler: fp16 is not offered.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ def forward_backward(network: Network, batch: Batch, loss: MicroLoss, chunk_rows
     """Leave the gradient of the whole step's loss in the model; give the step's sums, equal on all ranks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    mesh = network.runtime.mesh
+    mesh, valid = network.runtime.mesh, network.partition.valid_width
     scale = len(batch.micro) * mesh.sizes.dp * mesh.sizes.cp
 
     def forward(micro: Iterator[tuple[int, MicroBatch]], _: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -46,8 +51,9 @@ def forward_backward(network: Network, batch: Batch, loss: MicroLoss, chunk_rows
             return loss(logits_Cv, index, slice(rows.start + first, rows.stop + first))
 
         def judge(hidden_RH: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            part, sums = linear_loss(hidden_RH, network.head(), rows_loss, chunk_rows)
-            return part * scale, torch.ones((), dtype=torch.int, device=part.device), sums
+            head, buffer = network.head(), gradient_buffer(network)
+            part, sums = linear_loss(hidden_RH, head, rows_loss, chunk_rows, scale=scale, valid=valid, add_to=buffer)
+            return part, torch.ones((), dtype=torch.int, device=part.device), sums
 
         return network.hidden(packed), judge
 
@@ -62,6 +68,21 @@ def forward_backward(network: Network, batch: Batch, loss: MicroLoss, chunk_rows
             forward_only=False,
         )
     return _total(network, parts, loss.names)
+
+
+def gradient_buffer(network: Network) -> Tensor | None:
+    """Where the output weight's gradient is summed; None if it has to come through autograd.
+
+    With `overlap_grad_reduce` Megatron sends a bucket off as soon as autograd has brought every gradient in it: it
+    would wait for this one forever. Nothing marks the weight `grad_added_to_main_grad`: that would make Megatron's
+    hook drop what autograd brings, and the embedding's part with it.
+    """
+    settings = getattr(network.module, "ddp_config", None)
+    if settings is None or settings.overlap_grad_reduce:
+        return None
+    buffer = network.head().main_grad
+    assert isinstance(buffer, Tensor)
+    return buffer
 
 
 def _total(network: Network, parts: list[dict[str, Tensor]], names: tuple[str, ...]) -> dict[str, float]:
