@@ -13,7 +13,7 @@ from megatron_distill.config.read import kind_of
 from megatron_distill.config.run import RunConfig
 from megatron_distill.errors import ConfigError, ModelError
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.rollout.sources.generate import Generate
+from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.start import world_size
 from megatron_distill.types import Origin
@@ -91,6 +91,26 @@ def teachers_have_the_names_that_the_objective_uses(run: RunConfig) -> str | Non
     )
 
 
+def teachers_are_shown_what_there_is(run: RunConfig) -> str | None:
+    for name, teacher in run.teachers.items():
+        if teacher.view.revision is not None and kind_of(run.reward) == "none" and kind_of(run.rollout) != "replay":
+            return (
+                f"teachers.{name}.view.revision: tells the teacher whether a response was right, reward.kind=none does "
+                "not say: set reward.kind=math or exact"
+            )
+    return None
+
+
+def teachers_know_more_than_the_student(run: RunConfig) -> str | None:
+    for name, teacher in run.teachers.items():
+        if teacher.view.same and getattr(teacher, "weights", "") == "live":
+            return (
+                f"teachers.{name}.weights=live: with the student's own context it is the student, and teaches nothing: "
+                "set view.privileged or view.revision, or weights=frozen, ema or refreshed"
+            )
+    return None
+
+
 def objective_needs_a_reward(run: RunConfig) -> str | None:
     if run.objective.needs.reward and kind_of(run.reward) == "none":
         return f"reward.kind=none gives no reward, {_objective(run)} learns from one: set reward.kind=math or exact"
@@ -108,6 +128,12 @@ def rollouts_are_chosen_by_a_reward(run: RunConfig) -> str | None:
 
 def backend_can_run_it(run: RunConfig) -> str | None:
     return "\n".join(choose().refusals(run.parallel, run.precision)) or None
+
+
+def losses_have_the_device_they_need(run: RunConfig) -> str | None:
+    if run.train.losses == "triton" and choose().device.type == "cpu":
+        return "train.losses=triton needs a GPU: set train.losses=compiled, or auto"
+    return None
 
 
 def launcher_started_as_many_ranks(run: RunConfig) -> str | None:
@@ -128,7 +154,7 @@ def objective_reads_log_probs_of_rollouts(run: RunConfig) -> str | None:
 
 
 def objective_compares_rollouts_of_a_prompt(run: RunConfig) -> str | None:
-    if not run.objective.needs.group or not isinstance(run.rollout, Generate) or run.rollout.samples_per_prompt > 1:
+    if not run.objective.needs.group or not isinstance(run.rollout, Writing) or run.rollout.samples_per_prompt > 1:
         return None
     return (
         f"rollout.samples_per_prompt={run.rollout.samples_per_prompt}: {_objective(run)} compares rollouts of one "
@@ -163,7 +189,7 @@ def objective_and_rollouts_agree_on_pairs(run: RunConfig) -> str | None:
 
 
 def objective_learns_from_unfiltered_samples(run: RunConfig) -> str | None:
-    if not run.objective.needs.unfiltered_samples or not isinstance(run.rollout, Generate):
+    if not run.objective.needs.unfiltered_samples or not isinstance(run.rollout, Writing):
         return None
     sampling, wanted = run.rollout.sampling, {"temperature": run.objective.temperature, "top_p": 1.0, "top_k": 0}
     wrong = {name: value for name, value in wanted.items() if getattr(sampling, name) != value}
@@ -216,6 +242,8 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_reads_its_teachers,
     teachers_say_enough,
     teachers_have_the_names_that_the_objective_uses,
+    teachers_are_shown_what_there_is,
+    teachers_know_more_than_the_student,
     objective_needs_a_reward,
     rollouts_are_chosen_by_a_reward,
     objective_reads_log_probs_of_rollouts,
@@ -226,6 +254,7 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     evaluation_has_prompts,
     evaluation_has_a_judge,
     backend_can_run_it,
+    losses_have_the_device_they_need,
     launcher_started_as_many_ranks,
 )
 MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (tp_divides_the_models, pp_divides_the_models)

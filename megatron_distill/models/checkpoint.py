@@ -1,6 +1,7 @@
 """Checkpoints of a run: written so that half of one is never read, and readable at another tp, pp or dp.
 
     <run>/checkpoints/step_000100/  model/  optimizer/   Megatron's distributed format, reshardable
+                                    teachers/<name>/     likewise, of teachers with weights of their own
                                     state.json           step, architecture, and whatever else the loop keeps
                                     COMPLETE             written last, after the folder has its name
 
@@ -15,10 +16,11 @@ import json
 import os
 import queue
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -100,11 +102,20 @@ def check_model(checkpoint: Path, spec: ModelSpec) -> None:
         )
 
 
-def save(run: Path, step: int, student: Student, state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    student: Student,
+    state: Mapping[str, Any],
+    keep: int,
+    teachers: Mapping[str, Network] = MappingProxyType({}),
+) -> Path:
     """Write the checkpoint after `step` updates; collective. Older ones beyond `keep` go once it is complete."""
     mesh, final = student.mesh, folder_of(run, step)
-    partial = _fresh(final, mesh)
+    partial = _fresh(final, mesh, [f"teachers/{name}" for name in teachers])
     save_weights(partial, student.network)
+    for name, network in teachers.items():
+        _save(partial / "teachers" / name, _model_state(network), network)
     _save_optimizer(partial, student)
     if mesh.rank == 0:
         finish(partial, final, {**state, "step": step, "spec": asdict(student.spec)})
@@ -128,12 +139,10 @@ def load_weights(checkpoint: Path, network: Network) -> None:
         CheckpointError: not complete, or of another model.
     """
     check_model(checkpoint, network.spec)
-    with torch.no_grad():
-        state = _load(checkpoint / "model", _model_state(network), network)
-        network.model.load_state_dict(state["model"])
+    _fill(checkpoint / "model", network)
 
 
-def load(checkpoint: Path, student: Student) -> dict[str, Any]:
+def load(checkpoint: Path, student: Student, teachers: Mapping[str, Network] = MappingProxyType({})) -> dict[str, Any]:
     """Weights, optimizer state and place in the schedule into a student of any layout; gives `state`; collective.
 
     Settings are not a checkpoint's: learning rate, decay, length of the schedule are those the student was built with.
@@ -142,6 +151,12 @@ def load(checkpoint: Path, student: Student) -> dict[str, Any]:
         CheckpointError: not complete, or of another model.
     """
     load_weights(checkpoint, student.network)
+    for name, network in teachers.items():
+        if not (checkpoint / "teachers" / name).is_dir():
+            raise CheckpointError(
+                f"{checkpoint}: holds no weights of teachers.{name}; go on with the teachers that the run began with"
+            )
+        _fill(checkpoint / "teachers" / name, network)
     with torch.no_grad():
         asked = _optimizer_state(student, loading=True)
         state = _load(checkpoint / "optimizer", asked, student.network)
@@ -172,7 +187,13 @@ def finish(partial: Path, final: Path, record: Mapping[str, Any]) -> None:
     _flush(final)
 
 
-def _fresh(final: Path, mesh: Mesh) -> Path:
+def _fill(folder: Path, network: Network) -> None:
+    with torch.no_grad():
+        state = _load(folder, _model_state(network), network)
+        network.model.load_state_dict(state["model"])
+
+
+def _fresh(final: Path, mesh: Mesh, beside: Iterable[str] = ()) -> Path:
     """An empty folder to write into; what saves or deletions that were cut off have left goes."""
     partial = final.with_suffix(".partial")
     if mesh.rank == 0:
@@ -180,7 +201,7 @@ def _fresh(final: Path, mesh: Mesh) -> Path:
             whole = (folder / COMPLETE).is_file() and folder != final and folder.suffix != ".partial"
             if folder.is_dir() and not whole:
                 shutil.rmtree(folder)
-        for part in ("model", "optimizer"):
+        for part in ("model", "optimizer", *beside):
             (partial / part).mkdir(parents=True)
     mesh.barrier()
     return partial

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
-from megatron_distill.types import Batch, Fidelity, TeacherSignal
+from megatron_distill.teachers._views import View
+from megatron_distill.types import Batch, Fidelity, Scored, TeacherSignal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,11 +18,21 @@ if TYPE_CHECKING:
 class Teacher(Protocol):
     """A live teacher; its methods are collective."""
 
+    @property
+    def kept(self) -> Network | None:
+        """Weights of its own that a checkpoint must hold; None where they follow from the student's or a folder."""
+
+    def fit(self, scored: list[Scored]) -> list[Scored]:
+        """The step's rollouts, cut to what it can read; those that it cannot read at all are left out."""
+
     def signal(self, batch: Batch) -> tuple[TeacherSignal, ...]:
         """One per micro-batch, aligned to its response axis; empty on pipeline stages that see no logits."""
 
     def after_step(self, student: Student, step: int) -> None:
         """Told of every update; a frozen teacher does nothing."""
+
+    def restored(self) -> None:
+        """Told that a checkpoint has filled `kept`."""
 
 
 class TeacherPart(ABC):
@@ -28,6 +40,8 @@ class TeacherPart(ABC):
 
     provides: ClassVar[Fidelity]
     """The richest signal it gives; an objective that needs more is refused when the config is loaded."""
+    view: View
+    """What it reads before the response."""
 
     @property
     @abstractmethod

@@ -6,7 +6,7 @@ weight is laid out once, at the start, on the student's partition; columns that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
+from megatron_distill.teachers._megatron import MegatronTeacher
+from megatron_distill.teachers._views import View
 from megatron_distill.teachers.base import TeacherPart
-from megatron_distill.types import Batch, Fidelity, Full, TeacherSignal, VocabPartition
+from megatron_distill.types import Fidelity, VocabPartition
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,39 +35,21 @@ class FrozenPart(TeacherPart):
     """Hugging Face folder of the teacher."""
     trust_remote_code: bool = False
     """Let the folder's own Python build its tokenizer; the model itself never runs code of the folder."""
+    view: View = field(default_factory=View)
+    """What it reads before the response."""
 
     @property
     def folder(self) -> Path:
         """Where its tokenizer lies."""
         return self.model
 
-    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> Frozen:
+    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> MegatronTeacher:
         """Load the weights on every rank of the mesh."""
         runtime, partition = student.network.runtime, student.partition
         network = Network.load(self.model, runtime, valid_vocab=partition.valid)
         network.module.requires_grad_(False)
         head = relaid_head(network, partition) if runtime.mesh.is_last_stage else None
-        return Frozen(network=network, head=head, partition=partition)
-
-
-@dataclass(slots=True, kw_only=True)
-class Frozen:
-    """The loaded teacher."""
-
-    network: Network
-    head: Tensor | None
-    """[v, H] on the student's partition; None where no logits are seen."""
-    partition: VocabPartition
-
-    def signal(self, batch: Batch) -> tuple[TeacherSignal, ...]:
-        """Hidden states of the response tokens: one forward pass, no logits yet."""
-        hidden = self.network.read_responses(batch.micro, lambda hidden_RH, rows, index: hidden_RH)
-        if self.head is None:
-            return ()
-        return tuple(Full(hidden_RH=rows, head_vH=self.head, partition=self.partition) for rows in hidden)
-
-    def after_step(self, student: Student, step: int) -> None:
-        """Frozen: nothing."""
+        return MegatronTeacher(network=network, head=head, partition=partition, view=self.view, tokenizer=tokenizer)
 
 
 @torch.no_grad()

@@ -41,6 +41,20 @@ def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
     return metrics
 
 
+def describe_cuts(scored: Sequence[Scored], fitting: Sequence[Scored]) -> list[Metric]:
+    """How many rollouts were cut, or left out, because a teacher could not read them whole; nothing if none could be.
+
+    Args:
+        scored: as they were written.
+        fitting: what is trained on; the same list where no teacher reads more than the student.
+    """
+    if fitting is scored:
+        return []
+    written = {(one.rollout.group, one.rollout.sample): len(one.rollout.tokens) for one in scored}
+    whole = sum(written[one.rollout.group, one.rollout.sample] == len(one.rollout.tokens) for one in fitting)
+    return [Metric("rollout/cut_for_teachers", len(scored) - whole, len(scored))]
+
+
 def describe_step(counts: Counts, report: StepReport, peak_gib: float) -> list[Metric]:
     """Sizes, loss and optimizer of a step."""
     return [

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from megatron_distill.config import RunConfig
 from megatron_distill.data.packing import pack
 from megatron_distill.data.prompts import load_prompts
+from megatron_distill.losses import backend
 from megatron_distill.models import checkpoint
+from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.objectives.base import Scope, State
 from megatron_distill.rollout.sources.base import Source, Surroundings
 from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.teachers.base import Teacher
-from megatron_distill.train.describe import describe_rollouts, describe_step
+from megatron_distill.train.describe import describe_cuts, describe_rollouts, describe_step
 from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Clock, Metrics
 from megatron_distill.train.preflight import shared_vocab, student_tokenizer
@@ -51,7 +53,8 @@ def train(run: RunConfig) -> None:
     """Train, or go on from the newest complete checkpoint of the run folder; the same bits either way."""
     folder, steps = run.paths.run, run.train.steps
     with start(run.parallel, run.precision, run.train.seed) as runtime, connect(run, runtime) as parts:
-        progress = resume(run, parts.student, parts.source)
+        backend.use(runtime.backend.losses if run.train.losses == "auto" else run.train.losses)
+        progress = resume(run, parts)
         parts.source.publish(parts.student, progress.step)
         with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
             for step in range(progress.step, steps):
@@ -60,7 +63,7 @@ def train(run: RunConfig) -> None:
                 if parts.held_out is not None and parts.held_out.section.due(step + 1):
                     metrics.write(step + 1, *parts.held_out.ask(parts.student, step + 1))
                 if run.checkpoint.due(step + 1) or step + 1 == steps:
-                    save(run, parts.student, parts.source, progress)
+                    save(run, parts, progress)
 
 
 def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> list[Metric]:
@@ -69,7 +72,8 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
     with clock("rollout"):
         scored = parts.source.next(step)
     with clock("pack"):
-        batch = pack_for(runtime, run, scored)
+        fitting = fit(scored, parts.teachers)
+        batch = pack_for(runtime, run, fitting)
     with clock("teacher"):
         signals: Signals = {name: teacher.signal(batch) for name, teacher in parts.teachers.items()}
     with clock("score"):
@@ -85,7 +89,12 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
         teacher.after_step(student, step + 1)
     progress.step = step + 1
     memory = runtime.backend.peak_memory()
-    return [*describe_rollouts(scored, step), *plan.metrics, *describe_step(batch.counts, report, memory)]
+    return [
+        *describe_rollouts(scored, step),
+        *describe_cuts(scored, fitting),
+        *plan.metrics,
+        *describe_step(batch.counts, report, memory),
+    ]
 
 
 @contextmanager
@@ -128,6 +137,13 @@ def surroundings(
     )
 
 
+def fit(scored: list[Scored], teachers: Mapping[str, Teacher]) -> list[Scored]:
+    """The rollouts of a step as every teacher can read them."""
+    for teacher in teachers.values():
+        scored = teacher.fit(scored)
+    return scored
+
+
 def pack_for(runtime: Runtime, run: RunConfig, scored: list[Scored]) -> Batch:
     """This rank's share of a step; `scored` is equal on all ranks."""
     return pack(
@@ -142,21 +158,29 @@ def pack_for(runtime: Runtime, run: RunConfig, scored: list[Scored]) -> Batch:
     )
 
 
-def resume(run: RunConfig, student: Student, source: Source) -> Progress:
+def resume(run: RunConfig, parts: Parts) -> Progress:
     """The state of the newest complete checkpoint, or of a fresh run."""
     found = checkpoint.latest(run.paths.run)
     if found is None:
         return Progress(objective=run.objective.initial())
-    kept = checkpoint.load(found, student)
-    source.restore(kept["source"])
+    kept = checkpoint.load(found, parts.student, teacher_weights(parts))
+    parts.source.restore(kept["source"])
+    for teacher in parts.teachers.values():
+        teacher.restored()
     return Progress(step=kept["step"], objective=kept["objective"])
 
 
-def save(run: RunConfig, student: Student, source: Source, progress: Progress) -> None:
+def save(run: RunConfig, parts: Parts, progress: Progress) -> None:
     """Everything that `resume` reads, and the size of the vocabulary that an evaluation samples from."""
     state = {
-        "source": source.state(),
+        "source": parts.source.state(),
         "objective": dict(progress.objective),
-        "valid_vocab": student.partition.valid,
+        "valid_vocab": parts.student.partition.valid,
     }
-    checkpoint.save(run.paths.run, progress.step, student, state, keep=run.checkpoint.keep)
+    weights = teacher_weights(parts)
+    checkpoint.save(run.paths.run, progress.step, parts.student, state, keep=run.checkpoint.keep, teachers=weights)
+
+
+def teacher_weights(parts: Parts) -> dict[str, Network]:
+    """By teacher's name: weights that follow neither from the student's nor from a model folder."""
+    return {name: teacher.kept for name, teacher in parts.teachers.items() if teacher.kept is not None}

@@ -20,6 +20,7 @@ from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.rollout.sources.pairs import Pairs, check_pair_lengths, check_pairs
 from megatron_distill.rollout.sources.replay import Replay, Traces
+from megatron_distill.teachers._views import check_hints
 from megatron_distill.train.resume import check_checkpoint, steps_done
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ def check_prompts(run: RunConfig) -> list[str]:
             check_pair_lengths(source, prompts.items, tokenizer)
     if isinstance(source, Replay):
         check_replay(run, source)
+    else:
+        for name, teacher in run.teachers.items():
+            check_hints(name, teacher.view, prompts.items)
     return [f"data: {_counted(prompts)}"]
 
 

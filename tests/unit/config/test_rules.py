@@ -106,6 +106,23 @@ def test_samples_may_be_filtered_where_the_loss_is_over_the_vocabulary(run_file)
     check(load(run_file, ["rollout.sampling.temperature=0.7", "objective.temperature=0.7"]))
 
 
+def test_a_teacher_needs_something_to_show(run_file):
+    revision = [
+        "teachers.big=null",
+        "teachers.me={kind: itself, view: {revision: {}}}",
+        "objective.divergence=reverse_kl",
+    ]
+    check(load(run_file, revision))
+    (line,) = complaints(run_file, *revision, "reward={kind: none}")
+    assert line.startswith(
+        "teachers.me.view.revision: tells the teacher whether a response was right, reward.kind=none"
+    )
+    live = ["teachers.big=null", "teachers.me={kind: itself, weights: live}"]
+    (line,) = complaints(run_file, *live)
+    assert line.startswith("teachers.me.weights=live: with the student's own context it is the student")
+    check(load(run_file, [*live, "teachers.me.view={privileged: {}}"]))
+
+
 def test_an_evaluation_nobody_judges_is_refused(run_file):
     asked = ["reward={kind: none}", "eval.data.prompts=data.jsonl"]
     check(load(run_file, asked))

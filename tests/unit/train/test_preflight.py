@@ -202,3 +202,9 @@ def test_pairs_need_both_responses_within_the_limits(config, tmp_path):
     assert "has a response of 206 tokens, the first of 1 pairs" in complaint(config(*both, source))
     assert preflight(config(*both, source, "rollout.long_pairs=skip")) == ["data: 3 prompts"]
     assert "positions of student.model" in complaint(config(*both, "rollout={kind: pairs, max_response_tokens: 9999}"))
+
+
+def test_what_a_teacher_is_shown_must_be_in_the_data(config):
+    privileged = ("teachers.big=null", "teachers.me={kind: itself, weights: live, view: {privileged: {}}}")
+    assert "teachers.me.view: 4 of 4 prompts" in complaint(config(*privileged))
+    assert preflight(config(*privileged, "data.solution_key=answer")) == ["data: 4 prompts"]
