@@ -2,6 +2,8 @@
 
 python := .venv/bin/python
 TESTS ?= tests
+# Without --write, docs/certificates.* stay as they are.
+CERTIFY ?= --write
 
 # Tests and the quickstart start several processes on few cores: one thread each is fastest.
 export OMP_NUM_THREADS ?= 1
@@ -15,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format requirements clean
+.PHONY: help setup quickstart test slow certify check format requirements clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -33,6 +35,12 @@ check: setup  ## lint, formatting, types
 
 test: check  ## check, then the tests; TESTS="tests/unit/losses -k kl" chooses
 	@$(python) -m pytest -m "not slow and not gpu" $(TESTS)
+
+slow: setup  ## the tests that take minutes; TESTS chooses here too
+	@$(python) -m pytest -m "slow and not gpu" $(TESTS)
+
+certify: setup  ## hold every objective to its oracle under every cut; writes docs/certificates.*
+	@$(python) -m tests.certify.run $(CERTIFY)
 
 format: setup  ## let ruff rewrite what it can
 	@$(python) -m ruff check --fix .

@@ -30,7 +30,7 @@ from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.train.step import bind, token_stats
 from megatron_distill.types import Scored, StepReport
 from tests.certify.data import SEED, STEP, sequences, whole_step
-from tests.certify.settings import Setting, settings
+from tests.certify.settings import Setting
 from tests.certify.table import WHOLE, Errors, scaled_error
 
 VOCABULARY = 200
@@ -86,15 +86,6 @@ class Expected:
     gradients: Mapping[str, Tensor]
     scale: float
     """What an error of the loss is relative to."""
-
-
-def network_settings(kind: str) -> list[Setting]:
-    """The default and the first with another temperature, of each sort of data: all others do not differ in how they
-    are cut over stages and contexts."""
-    found: dict[tuple[str, bool], Setting] = {}
-    for setting in settings(kind):
-        found.setdefault((setting.data, setting.objective.temperature == 1.0), setting)
-    return list(found.values())
 
 
 def make_folders(root: Path) -> Path:

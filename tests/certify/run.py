@@ -23,7 +23,7 @@ import megatron_distill
 from megatron_distill.testing.assertions import TOLERANCE
 from megatron_distill.testing.world import Worlds
 from tests.certify import network, report, table
-from tests.certify.settings import objectives, settings
+from tests.certify.settings import network_settings, objectives, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = 1200.0
@@ -102,7 +102,7 @@ def _on_table(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | None,
 def _on_network(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | None, folder: Path) -> Iterator[Rows]:
     started = time.monotonic()
     chain = network.Chain(network.make_folders(folder))
-    answers = {kind: [chain.expected(setting) for setting in network.network_settings(kind)] for kind in kinds}
+    answers = {kind: [chain.expected(setting) for setting in network_settings(kind)] for kind in kinds}
     flat = [answer for kind in kinds for answer in answers[kind]]
     _tell(f"{len(flat)} settings through transformers in float64", started)
     for name, cut in _chosen(network.CUTS, names).items():

@@ -95,6 +95,17 @@ def settings(kind: str) -> list[Setting]:
     return found
 
 
+def network_settings(kind: str) -> list[Setting]:
+    """Those for real Megatron: the default and the first with another temperature, of each sort of data.
+
+    Others do not differ in how they are cut over stages and contexts.
+    """
+    found: dict[tuple[str, bool], Setting] = {}
+    for setting in settings(kind):
+        found.setdefault((setting.data, setting.objective.temperature == 1.0), setting)
+    return list(found.values())
+
+
 def _teachers(objective: Objective, fields: Mapping[str, Any], listed: tuple[Any, ...]) -> list[tuple[str, ...]]:
     if objective.needs.teacher is None:
         return [()]

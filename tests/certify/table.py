@@ -348,7 +348,11 @@ def _backward(
         hidden_RH = student.hidden(micro.input_T, micro.position_T)[micro.response_R]
         leaf_RH = hidden_RH.detach().requires_grad_()
         scalar, parts = linear_loss(
-            leaf_RH, student.head_pH[mine], lambda logits, rows, at=index: loss(logits, at, rows), cut.chunk_rows
+            leaf_RH,
+            student.head_pH[mine],
+            lambda logits, rows, at=index: loss(logits, at, rows),
+            cut.chunk_rows,
+            valid=partition.valid_width,
         )
         scalar.backward()
         assert leaf_RH.grad is not None
