@@ -42,8 +42,7 @@ def sampled_divergence(logp_R: Tensor, teacher_logp_R: Tensor, kind: Divergence)
         ValueError: see `check_sampled`.
     """
     check_sampled(kind)
-    ratio_R = (teacher_logp_R - logp_R).detach()
-    return policy_gradient(logp_R, -_slope(ratio_R, kind))
+    return policy_gradient(logp_R, -_slope(teacher_logp_R - logp_R.detach(), kind))
 
 
 def _slope(ratio_R: Tensor, kind: Divergence) -> Tensor:

@@ -20,13 +20,23 @@ FIELDS: list[dict[str, Any]] = [
     {"normalise": "clamped_mean", "ceiling": 4.0, "teacher_weights": {"big": 3.0, "small": 1.0}},
     {"normalise": "running_mean", "temperature": 1.3},
     {"normalise": "none", "divergence": "reverse_kl"},
+    {"mean_over": "micro_batch", "ceiling": 2.5},
     {"largest": 1.2, **TOP_K[0]},
     {"divergence": "sampled_token", "temperature": 1.3},
     # A threshold that no token comes up to: all weights are 1.
     {"threshold": 60.0, "ceiling": 61.0},
 ]
 TEACHERS = (1, 2)
-STATES: tuple[dict[str, float], ...] = ({}, {"weight_mean": 2.5})
+
+
+def STATES(fields: Mapping[str, Any]) -> tuple[dict[str, float], ...]:
+    """With a running mean, the first step and a later one."""
+    return ({}, {"weight_mean": 2.5}) if fields["normalise"] == "running_mean" else ({},)
+
+
+def one_micro_batch(fields: Mapping[str, Any]) -> bool:
+    """Means over micro-batches depend on how the step is cut into them."""
+    return bool(fields["mean_over"] == "micro_batch")
 
 
 def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:

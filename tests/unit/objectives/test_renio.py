@@ -15,7 +15,7 @@ from megatron_distill.objectives.base import Scope, State
 from megatron_distill.objectives.opsd import OPSD
 from megatron_distill.objectives.renio import ReNIO
 from megatron_distill.types import Fidelity, Origin, Plan, TokenStats
-from tests.unit.objectives.supervised import Answer, answers, packed, run
+from tests.unit.objectives.supervised import Answer, answers, golden, packed, run
 
 # The second response is followed by padding in a padded batch, where log-ratios may be anything: it has no row here.
 SURER = [[2.1, 0, 0, 4.2, 0.1, 0], [0.3, -1, 0.2, 0.7, 0.5], [1, 0.9, -5, 0.8], [0.0] * 6]
@@ -169,6 +169,12 @@ def test_the_gradient_is_each_responses_own_times_its_weight(divergence: Any) ->
     assert sum(weights) / 4 == pytest.approx(1.0)
     assert max(weights) > 1.1
     assert found.metrics["renio/weight_max"].value == pytest.approx(max(weights))
+
+
+def test_the_divergence_is_the_forward_kl_of_entries_between_bounds() -> None:
+    """As in the released code; without the lower one it is OPSD's."""
+    assert run(ReNIO(), [golden()]).loss == pytest.approx(0.05)
+    assert run(ReNIO(clip_low=None), [golden()]).loss == pytest.approx(-0.1777463682)
 
 
 def test_models_that_agree_weigh_all_alike() -> None:
