@@ -93,7 +93,7 @@ NO_TEACHER = "teachers.big=null"
         ),
         (
             ["objective={kind: tropd}", "rollout={kind: demonstrations}"],
-            "rollout.kind=demonstrations gives tokens of the data, objective.kind=tropd with these settings learns only",
+            "rollout.kind=demonstrations gives tokens of the data, objective.kind=tropd with these settings learns",
         ),
     ],
 )
