@@ -6,7 +6,7 @@
 The reverse KL seeks one mode, and where the teacher sees several good ways on it loses the others; the forward KL
 keeps them. It is added, never switched to: tau = infinity is on-policy distillation. Both parts are means over all
 tokens, so that a step with few undecided ones has little of the second part. H is the entropy over the whole
-vocabulary in nats, so teachers have to give all of theirs.
+vocabulary in nats, or a lower bound of it for teachers that name their top-k only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megatron_distill.losses.kinds import Divergence, Outside
 from megatron_distill.losses.policy import clipped_surrogate, k1
-from megatron_distill.losses.signal import teacher_entropy, teacher_logprob
+from megatron_distill.losses.signal import teacher_entropy, teacher_logprob, teacher_top_k
 from megatron_distill.losses.vocab import logprob
 from megatron_distill.objectives._sampled import Sampled
 from megatron_distill.objectives.base import Needs, Scope, State, reduction_weights
@@ -37,6 +38,9 @@ class EOPD(Sampled):
     """Weight of the forward KL."""
     entropy_threshold: float = 0.8
     """tau, in nats: the least entropy of the teacher at which the forward KL is added; infinity: nowhere."""
+    entropy_of: Literal["full", "top_k"] = "full"
+    """`top_k`: of the teacher's top-k and, as one more id, of all others together. Less than the full entropy, but all
+    that a teacher can say which names its likeliest ids only."""
     clip_ratio: float = 0.2
     """The importance ratio is clipped to 1 -/+ this; it matters with `old_logprobs: rollout` only."""
 
@@ -52,7 +56,7 @@ class EOPD(Sampled):
     @property
     def needs(self) -> Needs:
         return Needs(
-            teacher=Fidelity.FULL,
+            teacher=Fidelity.FULL if self.entropy_of == "full" else self.fidelity,
             student_logprobs="rollout" if self.old_logprobs == "rollout" else "none",
             origins=frozenset({Origin.STUDENT}),
             unfiltered_samples=True,
@@ -69,6 +73,13 @@ class EOPD(Sampled):
         )
         return plan, state
 
+    def _entropy(self, signal: TeacherSignal) -> Tensor:
+        if self.entropy_of == "full":
+            return teacher_entropy(signal, self.temperature)
+        p_RK = teacher_top_k(signal, self.top_k, self.temperature).top_logp_RK.exp()
+        others_R = (1.0 - p_RK.sum(-1)).clamp(min=0.0)
+        return torch.special.entr(p_RK).sum(-1) + torch.special.entr(others_R)
+
     def loss(
         self,
         student: VocabShard,
@@ -77,7 +88,7 @@ class EOPD(Sampled):
         weights: Mapping[str, Tensor],
     ) -> dict[str, Term]:
         def undecided_forward_kl(signal: TeacherSignal) -> Tensor:
-            decided_R = teacher_entropy(signal, self.temperature) < self.entropy_threshold
+            decided_R = self._entropy(signal) < self.entropy_threshold
             return self.compare(student, signal, Divergence("forward_kl")).masked_fill(decided_R, 0.0)
 
         logp_R = logprob(student, rows.target_R)

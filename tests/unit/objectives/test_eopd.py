@@ -68,6 +68,18 @@ def test_the_entropy_is_of_the_whole_vocabulary_at_the_loss_temperature() -> Non
     assert run(hotter, BATCH, STUDENTS, TEACHERS).sums["loss/forward_kl"] > 0.0
 
 
+def test_a_teacher_that_names_its_top_k_only_gives_a_lower_bound_of_its_entropy() -> None:
+    p = TEACHER.softmax(-1).sort(descending=True).values
+    bounds = [torch.special.entr(torch.cat([p[:k], p[k:].sum()[None]])).sum().item() for k in (1, 2, 4)]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] == pytest.approx(ENTROPY, abs=1e-9)
+    for k, bound in zip((1, 2, 4), bounds, strict=True):
+        for threshold, added in ((bound - 1e-6, True), (bound + 1e-6, False)):
+            objective = EOPD(top_k=k, entropy_of="top_k", entropy_threshold=threshold)
+            assert (run(objective, BATCH, STUDENTS, TEACHERS).sums["loss/forward_kl"] != 0.0) is added
+    assert EOPD(entropy_of="top_k").needs.teacher == Fidelity.TOP_K
+
+
 def test_a_negative_forward_kl_keeps_its_gradient() -> None:
     """Cut to the top-k it is negative where the student has more of them; clamped at 0 it would teach nothing there."""
     student = torch.tensor([0.3, 2.0, -9.0, -9.0])
