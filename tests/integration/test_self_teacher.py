@@ -17,7 +17,7 @@ from megatron_distill.train.metrics import UNREPEATABLE
 
 TEACHERS = {
     "ema, shown the solution": "{kind: itself, weights: ema, decay: 0.5, view: {privileged: {}}}",
-    "refreshed, its verdict": "{kind: itself, weights: refreshed, every: 2, view: {revision: {}, max_tokens: 80}}",
+    "refreshed, its verdict": "{kind: itself, weights: refreshed, every: 2, view: {revision: {}, max_tokens: 100}}",
 }
 
 
@@ -70,4 +70,4 @@ def test_an_interrupted_run_goes_on_with_the_teacher_it_had(worlds: Worlds, root
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5]
     assert found == expected
     assert all(line["loss/total"] > 0 for line in found)
-    assert all("rollout/cut_for_teachers" in line for line in found)
+    assert any(line["rollout/cut_for_teachers"] > 0 for line in found) == ("max_tokens" in TEACHERS[name])
