@@ -52,6 +52,8 @@ class MiniLLM(Sampled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.single_step:
+            self.refuse_support("single_step=false")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"discount={self.discount}: must be between 0 and 1")
         if not 0 < self.clip_ratio < 1:

@@ -36,6 +36,8 @@ class OPD(Sampled):
         super().__post_init__()
         if self.divergence == "reverse_kl" and self.old_logprobs == "rollout":
             raise ValueError("old_logprobs=rollout: divergence=reverse_kl samples nothing; leave it current")
+        if self.divergence == "sampled_token":
+            self.refuse_support("divergence=sampled_token")
 
     @property
     def needs(self) -> Needs:

@@ -53,6 +53,7 @@ class REOPOLD(Sampled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.refuse_support("reopold")
         largest = 1.0 if self.floor_form == "mixture" else 0.5
         if not 0 < self.mixture < largest:
             raise ValueError(

@@ -167,6 +167,8 @@ def test_needs_and_settings() -> None:
     assert MiniLLM(support="top_k").needs.teacher == Fidelity.TOP_K
     assert MiniLLM(single_step=False).needs.teacher == Fidelity.TOKEN
     assert MiniLLM().needs.student_logprobs == "recompute"
+    with pytest.raises(ValueError, match="support=top_k: single_step=false compares single log-probs"):
+        MiniLLM(single_step=False, support="top_k")
     for field, value in (("discount", 1.5), ("clip_ratio", 0.0), ("reward_scale", 0.0), ("reward_limit", -1.0)):
         with pytest.raises(ValueError, match=f"{field}={value}: must be"):
             MiniLLM(**{field: value})  # type: ignore[arg-type]

@@ -107,3 +107,5 @@ def test_what_it_needs_follows_from_how_it_looks() -> None:
     assert not OPD(divergence="reverse_kl").needs.unfiltered_samples
     with pytest.raises(ValueError, match="old_logprobs=rollout: divergence=reverse_kl samples nothing"):
         OPD(divergence="reverse_kl", old_logprobs="rollout")
+    with pytest.raises(ValueError, match="support=top_k: divergence=sampled_token compares single log-probs"):
+        OPD(support="top_k")

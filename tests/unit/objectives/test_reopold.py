@@ -146,6 +146,7 @@ def test_needs_and_settings() -> None:
     for settings, message in (
         ({"mixture": 0.0}, "mixture=0.0: must be between 0 and 1.0"),
         ({"mixture": 0.5, "floor_form": "odds"}, "mixture=0.5: must be between 0 and 0.5 with floor_form=odds"),
+        ({"support": "top_k"}, "support=top_k: reopold compares single log-probs"),
         ({"switch_step": -1}, "switch_step=-1: must be 0 or more"),
         ({"entropy_share": 0.0}, "entropy_share=0.0: must be above 0"),
     ):
