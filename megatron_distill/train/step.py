@@ -73,7 +73,7 @@ class BoundLoss:
 
     def __call__(self, logits_Cv: Tensor, micro: int, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """See `models.schedule.MicroLoss`."""
-        student = VocabShard.of(logits_Cv, self.partition, self.objective.temperature)
+        student = VocabShard.of(logits_Cv, self.partition, self.objective.temperature, disposable=True)
         teachers = {name: signals[micro].rows(rows) for name, signals in self.signals.items()}
         weights = self.plan.rows(micro, rows)
         terms = self.objective.loss(student, teachers, self.micro[micro].responses(rows), weights)
