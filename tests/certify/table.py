@@ -43,6 +43,8 @@ from tests.certify.settings import Setting
 
 VALID, PADDED, HIDDEN, POSITIONS = 94, 128, 8, 48
 """Over four tensor-parallel ranks, the last one holds nothing but padding."""
+ITSELF = "itself"
+"""A teacher of this name has the student's own weights."""
 WHOLE = 10_000
 """Tokens of a micro-batch that holds everything."""
 
@@ -172,7 +174,10 @@ def student_table(dtype: torch.dtype) -> Table:
 
 def teacher_tables(names: Sequence[str], dtype: torch.dtype) -> dict[str, Table]:
     """Teachers are padded otherwise than the student, and otherwise than each other."""
-    return {name: Table.draw(100 + place, VALID + 3 + place, dtype) for place, name in enumerate(names)}
+    return {
+        name: student_table(dtype) if name == ITSELF else Table.draw(100 + place, VALID + 3 + place, dtype)
+        for place, name in enumerate(names)
+    }
 
 
 @cache
