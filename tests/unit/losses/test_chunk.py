@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_distill.losses.chunk import linear_loss, linear_rows
+from megatron_distill.testing.assertions import assert_close
 
 ROWS, HIDDEN, VOCABULARY = 11, 6, 9
 
@@ -103,6 +107,120 @@ def test_a_low_precision_weights_gradient_is_summed_in_fp32() -> None:
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     assert (weight.grad == rows).all()
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 1024])
+def test_the_weights_gradient_is_added_to_a_buffer_on_top_of_what_is_there(chunk_rows: int) -> None:
+    hidden, weight = _inputs()
+    expected = torch.autograd.grad(3.0 * _squares(hidden @ weight.T, slice(0, ROWS))[0], (hidden, weight))
+    buffer = torch.full_like(weight, 7.0).detach()
+    found, sums = linear_loss(hidden, weight, _squares, chunk_rows, scale=3.0, add_to=buffer)
+    found.backward()
+    torch.testing.assert_close(buffer - 7.0, expected[1])
+    torch.testing.assert_close(hidden.grad, expected[0])
+    torch.testing.assert_close(found.detach(), 3.0 * sums["loss/squares"])
+    assert weight.grad is None
+
+
+def test_what_is_added_already_cannot_be_scaled() -> None:
+    hidden, weight = _inputs()
+    found, _ = linear_loss(hidden, weight, _squares, add_to=torch.zeros_like(weight))
+    with pytest.raises(RuntimeError, match="must not be scaled again"):
+        (2.0 * found).backward()
+
+
+def test_without_grad_nothing_is_added() -> None:
+    hidden, weight = _inputs()
+    buffer = torch.zeros_like(weight)
+    with torch.no_grad():
+        linear_loss(hidden, weight, _squares, add_to=buffer)
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_padding_rows_of_the_weight_are_not_multiplied(with_buffer: bool) -> None:
+    """They may hold anything: their logits are 0, and so is their gradient."""
+    hidden, weight = _inputs()
+    with torch.no_grad():
+        weight[7:] = float("nan")
+    buffer = torch.zeros_like(weight) if with_buffer else None
+
+    def real(logits: Tensor, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert not logits[:, 7:].any()
+        return _squares(logits[:, :7], rows)
+
+    expected = torch.autograd.grad(_squares(hidden @ weight[:7].T, slice(0, ROWS))[0], (hidden, weight))
+    linear_loss(hidden, weight, real, 4, valid=7, add_to=buffer)[0].backward()
+    found = weight.grad if buffer is None else buffer
+    assert found is not None
+    torch.testing.assert_close(found[:7], expected[1][:7])
+    assert not found[7:].any()
+    torch.testing.assert_close(hidden.grad, expected[0])
+
+
+def _low_precision(device: str) -> None:
+    """The buffer gets the product of the rounded factors, itself not rounded: an update of 1e-3 on 1000 is seen."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator).bfloat16().to(device).requires_grad_()
+    weight = torch.randn(20_000, 16, generator=generator).bfloat16().to(device)
+    seen: list[Tensor] = []
+
+    def watch(logits: Tensor, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logits.register_hook(lambda grad: seen.append(grad.clone()))
+        return logits.float().square().sum() * 1e-4, {}
+
+    buffer = torch.zeros(weight.shape, device=device)
+    linear_loss(hidden, weight, watch, 32, add_to=buffer)[0].backward()
+    expected = torch.cat(seen).double().t() @ hidden.detach().double()
+    assert_close(buffer, expected, "weight gradient")
+
+
+def test_a_low_precision_gradient_is_added_in_fp32() -> None:
+    _low_precision("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_low_precision_gradient_is_added_in_fp32_on_a_gpu() -> None:
+    _low_precision("cuda")
+
+
+class _Storages(TorchDispatchMode):
+    """Sizes in bytes of the storages that operations within made, each once."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.kept = [one.untyped_storage() for one in known]
+        self.known = {storage.data_ptr() for storage in self.kept}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, Tensor) and one.untyped_storage().data_ptr() not in self.known:
+                self.kept.append(one.untyped_storage())  # alive, so that its address means one thing
+                self.known.add(one.untyped_storage().data_ptr())
+                self.sizes.append(one.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_of_the_weights_size_is_made_beside_the_buffer(dtype: torch.dtype) -> None:
+    """And one buffer of logits serves all chunks."""
+    hidden = torch.randn(64, 32, dtype=dtype, requires_grad=True)
+    weight = torch.randn(20_000, 32, dtype=dtype, requires_grad=True)
+    buffer = torch.zeros(weight.shape)
+    addresses: list[int] = []
+
+    def plain_sum(logits: Tensor, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
+        addresses.append(logits.data_ptr())
+        return logits.sum(dtype=torch.float32), {}
+
+    with _Storages([hidden, weight, buffer]) as made:
+        linear_loss(hidden, weight, plain_sum, 8, add_to=buffer)[0].backward()
+    assert len(set(addresses)) == 1
+    assert max(made.sizes) < weight.untyped_storage().nbytes()
+    assert buffer.any()
 
 
 def test_linear_rows_joins_what_it_was_given_and_needs_no_rows() -> None:
