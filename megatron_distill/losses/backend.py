@@ -28,6 +28,10 @@ BLOCK_ELEMENTS_ELSEWHERE = 2**24
 """On a GPU small blocks would cost more in launches than they save in memory."""
 
 
+_COMPILER = {"cpp.enable_floating_point_contract_flag": "fast"}
+"""a * b + c in one instruction, rounded once."""
+
+
 class Backend(Protocol):
     """Runs a region over all rows; see `regions` for its arguments."""
 
@@ -48,7 +52,7 @@ class Eager:
             region([one[block] for one in logits], None if rows_nR is None else rows_nR[:, block], *settings)
             for block in _blocks(logits[0])
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return torch.stack([torch.cat(of_blocks) for of_blocks in zip(*parts, strict=True)])
 
     def write(self, region: Region, out_Rv: Tensor, logits: Sequence[Tensor], rows_nR: Tensor, *settings: Any) -> None:
         for block in _blocks(out_Rv):
@@ -61,7 +65,7 @@ class Compiled:
     def sums(self, region: Region, logits: Sequence[Tensor], rows_nR: Tensor | None, *settings: Any) -> Tensor:
         if not logits[0].numel():
             return Eager().sums(region, logits, rows_nR, *settings)
-        return _compiled(region, "sums", settings)(logits, rows_nR)
+        return torch.stack(_compiled(region, "sums", settings)(logits, rows_nR))
 
     def write(self, region: Region, out_Rv: Tensor, logits: Sequence[Tensor], rows_nR: Tensor, *settings: Any) -> None:
         if not out_Rv.numel():
@@ -119,7 +123,7 @@ def _compiled(region: Region, how: str, settings: tuple[Any, ...]) -> Callable[.
     Every one counts its own recompilations: types and layouts of logits are few, settings may be many.
     """
 
-    def sums(logits: Sequence[Tensor], rows_nR: Tensor | None) -> Tensor:
+    def sums(logits: Sequence[Tensor], rows_nR: Tensor | None) -> tuple[Tensor, ...]:
         return region(logits, rows_nR, *settings)
 
     def overwrite(logits: Sequence[Tensor], rows_nR: Tensor) -> None:
@@ -129,7 +133,9 @@ def _compiled(region: Region, how: str, settings: tuple[Any, ...]) -> Callable[.
         out_Rv.copy_(region(logits, rows_nR, *settings))
 
     function = {"sums": sums, "overwrite": overwrite, "write": write}[how]
-    return torch.compile(function, fullgraph=True, dynamic=True, isolate_recompiles=True, recompile_limit=32)
+    return torch.compile(
+        function, fullgraph=True, dynamic=True, isolate_recompiles=True, recompile_limit=32, options=_COMPILER
+    )
 
 
 _backend: tuple[Name, Backend] = ("eager", Eager())

@@ -19,13 +19,15 @@ The teacher is a constant. Everything stays in log space; nothing is added to a 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 
 from megatron_distill.losses import backend, regions
 from megatron_distill.losses.kinds import Clip, Divergence, Outside
@@ -109,10 +111,10 @@ def divergence(
 
 def _full(student: VocabShard, teacher: VocabShard, kind: Divergence, clip: Clip | None) -> Tensor:
     _check_same_columns(student, teacher)
-    kind, bounds = canonical(kind), clip or Clip()
+    arithmetic = _arithmetic(canonical(kind), clip or Clip())
     with torch.no_grad():
         constants = Reading.of(teacher)
-    return _Divergence.apply(student.logits_Rv, teacher.logits_Rv, Reading.of(student), constants, kind, bounds)
+    return _Divergence.apply(student.logits_Rv, teacher.logits_Rv, Reading.of(student), constants, arithmetic)
 
 
 def _check_same_columns(student: VocabShard, teacher: VocabShard) -> None:
@@ -125,68 +127,167 @@ def _check_same_columns(student: VocabShard, teacher: VocabShard) -> None:
     assert student.logits_Rv.shape == teacher.logits_Rv.shape, "student and teacher logits are of different rows"
 
 
-def _linear_parts(kind: Divergence, clip: Clip) -> tuple[float, float]:
-    """Weights of forward and reverse KL if the divergence is a sum of them: it is known with m and Z. Else zeros."""
-    if clip != Clip():
-        return 0.0, 0.0
-    forward = {"forward_kl": 1.0, "reverse_kl": 0.0, "mixed_kl": kind.parameter}.get(kind.name)
-    return (0.0, 0.0) if forward is None else (forward, 1.0 - forward)
+def _arithmetic(kind: Divergence, clip: Clip) -> _Arithmetic:
+    """How to compute it. A clipped entry is no longer linear in anything."""
+    if clip == Clip():
+        match kind.name:
+            case "forward_kl":
+                return _KL(forward=1.0)
+            case "reverse_kl":
+                return _KL(forward=0.0)
+            case "mixed_kl":
+                return _KL(forward=kind.parameter)
+            case "jsd":
+                return _JSD(beta=kind.parameter)
+    return _Entries(kind, clip)
 
 
 class _Divergence(Function):
-    """Any divergence of the module's table, each entry between the bounds of a `Clip` or else constant."""
+    """The collectives and the bookkeeping that all divergences share; the formulas are an `_Arithmetic`'s."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_Rv: Tensor, teacher_Rv: Tensor, ours: Reading, theirs: Reading, kind: Divergence, clip: Clip
+        ctx: Any, student_Rv: Tensor, teacher_Rv: Tensor, ours: Reading, theirs: Reading, arithmetic: _Arithmetic
     ) -> Tensor:
-        columns = [ours.columns(student_Rv), theirs.columns(teacher_Rv)]
-        scales = ours.scale, theirs.scale
-        forward, reverse = _linear_parts(kind, clip)
-        models_nR = _models(columns, scales, forward > 0, reverse > 0, ours)
-        log_ratio_R = models_nR[2].log() - models_nR[3].log()
-        ctx.readings, ctx.kind, ctx.clip = (ours, theirs), kind, clip
-        if forward or reverse:
-            value_R, mean_R = torch.zeros_like(log_ratio_R), None
-            if forward:
-                value_R = forward * (models_nR[4] / models_nR[3] + log_ratio_R)
-            if reverse:
-                mean_R = models_nR[-1] / models_nR[2]
-                value_R = value_R + reverse * (mean_R - log_ratio_R)
-            ctx.save_for_backward(student_Rv, teacher_Rv, models_nR[:4], mean_R)
-            return value_R
-        rows_nR = torch.cat([models_nR[:2], models_nR[2:].reciprocal(), log_ratio_R[None]])
-        settings = *scales, kind.name, kind.parameter, clip.low, clip.high
-        sums = backend.chosen().sums(regions.entry_sums, columns, rows_nR, *settings)
-        reduce_in_place(sums, dist.ReduceOp.SUM, ours.partition.group)
-        total_R = sums[1] - ENTRIES[kind.name][1](kind.parameter) * sums[2] if len(sums) == 3 else sums[1]
-        ctx.save_for_backward(student_Rv, teacher_Rv, rows_nR, total_R)
-        return sums[0].clone()
+        columns, scales = [ours.columns(student_Rv), theirs.columns(teacher_Rv)], (ours.scale, theirs.scale)
+        group = ours.partition.group
+        models_nR = _models(columns, scales, *arithmetic.crossed, group)
+        value_R, mean_R = arithmetic.value(columns, scales, models_nR, group)
+        ctx.readings, ctx.arithmetic = (ours, theirs), arithmetic
+        ctx.save_for_backward(student_Rv, teacher_Rv, models_nR[:4], mean_R)
+        return value_R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         ours, theirs = ctx.readings
-        student_Rv, teacher_Rv, rows_nR, total_R = ctx.saved_tensors
-        kind, clip, scales = ctx.kind, ctx.clip, (ours.scale, theirs.scale)
-        logits, factor_R = [student_Rv, theirs.columns(teacher_Rv)], grad_R * ours.scale
-        forward, reverse = _linear_parts(kind, clip)
-        if not forward and not reverse:
-            rows_nR = torch.cat([rows_nR, torch.stack([factor_R, total_R])])
-            settings = *scales, kind.name, kind.parameter, clip.low, clip.high
-            return ours.gradient(regions.entry_gradient, logits, rows_nR, *settings), *[None] * 5
-        over_q_R, over_p_R = factor_R / rows_nR[2], factor_R / rows_nR[3]
-        mean_R = torch.zeros_like(factor_R) if total_R is None else total_R
-        weights_nR = torch.stack([forward * over_q_R, forward * over_p_R, reverse * over_q_R, mean_R])
-        rows_nR = torch.cat([rows_nR[:2], weights_nR])
-        return ours.gradient(regions.kl_gradient, logits, rows_nR, *scales, forward > 0, reverse > 0), *[None] * 5
+        student_Rv, teacher_Rv, models_4R, mean_R = ctx.saved_tensors
+        region, rows, settings = ctx.arithmetic.gradient(models_4R, mean_R, grad_R * ours.scale)
+        logits, scales = [student_Rv, theirs.columns(teacher_Rv)], (ours.scale, theirs.scale)
+        return ours.gradient(region, logits, torch.stack(rows), *scales, *settings), None, None, None, None
+
+
+class _Arithmetic(Protocol):
+    """Regions of one kind of divergence, and what numbers per row they need. `models_nR` are those of `_models`."""
+
+    @property
+    def crossed(self) -> tuple[bool, bool]:
+        """Whether `_models` shall sum log(p/q) under p, and log(q/p) under q."""
+        ...
+
+    def value(
+        self, columns: list[Tensor], scales: tuple[float, float], models_nR: Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        """The divergence, and the sum that its gradient needs: [R] each."""
+        ...
+
+    def gradient(
+        self, models_4R: Tensor, mean_R: Tensor, factor_R: Tensor
+    ) -> tuple[regions.Region, list[Tensor], tuple[Any, ...]]:
+        """Region, numbers per row and settings; the factor is the incoming gradient over the temperature."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _KL:
+    """w KL(p||q) + (1-w) KL(q||p), known together with m and Z."""
+
+    forward: float
+
+    @property
+    def crossed(self) -> tuple[bool, bool]:
+        return self.forward > 0, self.forward < 1
+
+    def value(
+        self, columns: list[Tensor], scales: tuple[float, float], models_nR: Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        log_ratio_R = models_nR[2].log() - models_nR[3].log()
+        forward_R = models_nR[4] / models_nR[3] + log_ratio_R
+        if self.forward == 1:
+            return forward_R, torch.zeros_like(forward_R)
+        mean_R = models_nR[-1] / models_nR[2]
+        reverse_R = mean_R - log_ratio_R
+        return reverse_R if self.forward == 0 else self.forward * forward_R + (1 - self.forward) * reverse_R, mean_R
+
+    def gradient(
+        self, models_4R: Tensor, mean_R: Tensor, factor_R: Tensor
+    ) -> tuple[regions.Region, list[Tensor], tuple[Any, ...]]:
+        over_q_R, over_p_R = factor_R / models_4R[2], factor_R / models_4R[3]
+        forward, reverse = self.forward, 1 - self.forward
+        rows = [*models_4R[:2], forward * over_q_R, forward * over_p_R, reverse * over_q_R, mean_R]
+        return regions.kl_gradient, rows, self.crossed
+
+
+@dataclass(frozen=True, slots=True)
+class _JSD:
+    beta: float
+
+    @property
+    def crossed(self) -> tuple[bool, bool]:
+        return False, False
+
+    def value(
+        self, columns: list[Tensor], scales: tuple[float, float], models_nR: Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        log_ratio_R = models_nR[2].log() - models_nR[3].log()
+        rows_nR = torch.stack([*models_nR[:2], log_ratio_R])
+        sums_nR = backend.chosen().sums(regions.jsd_sums, columns, rows_nR, *scales, self.beta)
+        reduce_in_place(sums_nR, dist.ReduceOp.SUM, group)
+        mean_R = sums_nR[1] / models_nR[2]
+        return self.beta * (sums_nR[0] / models_nR[3]) - (1 - self.beta) * mean_R, mean_R
+
+    def gradient(
+        self, models_4R: Tensor, mean_R: Tensor, factor_R: Tensor
+    ) -> tuple[regions.Region, list[Tensor], tuple[Any, ...]]:
+        log_ratio_R = models_4R[2].log() - models_4R[3].log()
+        rows = [*models_4R[:2], log_ratio_R, (1 - self.beta) * factor_R / models_4R[2], mean_R]
+        return regions.jsd_gradient, rows, (self.beta,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """Any divergence of `pointwise`, each entry between the bounds of a `Clip` or else constant.
+
+    With a_v = 1 where the entry is within the bounds, and s_v + c q_v the slope, the gradient is
+    a_j s_j - q_j sum_v a_v s_v + c q_j (a_j - sum_v a_v q_v).
+    """
+
+    kind: Divergence
+    clip: Clip
+
+    @property
+    def crossed(self) -> tuple[bool, bool]:
+        return False, False
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return self.kind.name, self.kind.parameter, self.clip.low, self.clip.high
+
+    def value(
+        self, columns: list[Tensor], scales: tuple[float, float], models_nR: Tensor, group: ProcessGroup | None
+    ) -> tuple[Tensor, Tensor]:
+        rows_nR = torch.stack(self._rows(models_nR))
+        sums_nR = backend.chosen().sums(regions.entry_sums, columns, rows_nR, *scales, *self.settings)
+        reduce_in_place(sums_nR, dist.ReduceOp.SUM, group)
+        value_R, slope_R, *inactive = sums_nR
+        for inactive_R in inactive:
+            slope_R = slope_R - ENTRIES[self.kind.name][1](self.kind.parameter) * inactive_R
+        return value_R.clone(), slope_R
+
+    def gradient(
+        self, models_4R: Tensor, mean_R: Tensor, factor_R: Tensor
+    ) -> tuple[regions.Region, list[Tensor], tuple[Any, ...]]:
+        return regions.entry_gradient, [*self._rows(models_4R), factor_R, mean_R], self.settings
+
+    def _rows(self, models_nR: Tensor) -> list[Tensor]:
+        q_max_R, p_max_R, q_sum_R, p_sum_R = models_nR[:4]
+        return [q_max_R, p_max_R, q_sum_R.reciprocal(), p_sum_R.reciprocal(), q_sum_R.log() - p_sum_R.log()]
 
 
 def _models(
-    columns: list[Tensor], scales: tuple[float, float], forward: bool, reverse: bool, reading: Reading
+    columns: list[Tensor], scales: tuple[float, float], forward: bool, reverse: bool, group: ProcessGroup | None
 ) -> Tensor:
     """`regions.pair_sums` over all ranks: [n, R]. One MAX and one SUM all-reduce."""
-    group = reading.partition.group
     sums_nR = backend.chosen().sums(regions.pair_sums, columns, None, *scales, forward, reverse)
     own_2R = sums_nR[:2].clone()
     if reduce_in_place(sums_nR[:2], dist.ReduceOp.MAX, group):

@@ -94,5 +94,8 @@ def log_mixture_over_student(ratio: Tensor, beta: float) -> Tensor:
     for any x, and unlike log(m) - log(q) keeps its digits where p and q are close. (Not log1p and expm1: x is a
     difference of logits and its own rounding is larger than theirs, and vectorised they are 12 times as slow.)
     """
-    less = (-ratio.abs()).exp() - 1.0
+    smaller = (-ratio.abs()).exp()
+    if beta == 0.5:
+        return (0.5 * smaller + 0.5).log() + ratio.clamp(min=0.0)
+    less = smaller - 1.0
     return (1.0 + torch.where(ratio > 0, (1.0 - beta) * less, beta * less)).log() + ratio.clamp(min=0.0)

@@ -2,7 +2,7 @@
 
 Every region is `region(logits, rows_nR, *settings)`: raw logits [R, v] of one model or of student and teacher, real
 columns only and of any floating type; numbers per row, one kind per line; and plain Python settings. It gives either
-sums per row [n, R] or the columns of a gradient [R, v]. Types are widened and the temperature is applied here and
+several sums per row [R] or the columns of a gradient [R, v]. Types are widened and the temperature is applied here and
 nowhere else. Rows do not know of each other, so a backend may take as many at a time as it likes.
 
 s = max(logit / T - m, LOWEST) is a shifted logit. m and Z = sum exp(s) stay apart: exp(s) / Z is several times more
@@ -12,13 +12,14 @@ exact in fp32 than exp(logit - logsumexp).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_distill.losses.pointwise import ENTRIES
+from megatron_distill.losses.pointwise import ENTRIES, log_mixture_over_student
 
-type Region = Callable[..., Tensor]
+type Region = Callable[..., Any]
 
 LOWEST = -1e4
 """A logit further than this below its row's maximum, -inf included, counts as this far below it.
@@ -28,24 +29,26 @@ infinite divergence between models that exclude different ids into a large finit
 """
 
 
-def model_sums(logits: Sequence[Tensor], rows_nR: None, scale: float, with_entropy: bool) -> Tensor:
+def model_sums(logits: Sequence[Tensor], rows_nR: None, scale: float, with_entropy: bool) -> tuple[Tensor, ...]:
     """m, Z and, if wanted, sum exp(s) s of one model."""
     scaled_Rv = _scaled(logits[0], scale)
     max_R = _maxima(scaled_Rv)
+    if not with_entropy:
+        return max_R, (scaled_Rv - max_R[:, None]).exp().sum(-1)
     shifted_Rv = _shifted(scaled_Rv, max_R)
     exp_Rv = shifted_Rv.exp()
-    sums = [max_R, exp_Rv.sum(-1)]
-    if with_entropy:
-        sums.append((exp_Rv * shifted_Rv).sum(-1))
-    return torch.stack(sums)
+    return max_R, exp_Rv.sum(-1), (exp_Rv * shifted_Rv).sum(-1)
 
 
 def pair_sums(
     logits: Sequence[Tensor], rows_nR: None, student_scale: float, teacher_scale: float, forward: bool, reverse: bool
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """m_q, m_p, Z_q, Z_p, and if wanted sum exp(s_p) (s_p - s_q) and sum exp(s_q) (s_q - s_p)."""
     student_Rv, teacher_Rv = _scaled(logits[0], student_scale), _scaled(logits[1], teacher_scale)
     q_max_R, p_max_R = _maxima(student_Rv), _maxima(teacher_Rv)
+    if not forward and not reverse:
+        q_sum_R = (student_Rv - q_max_R[:, None]).exp().sum(-1)
+        return q_max_R, p_max_R, q_sum_R, (teacher_Rv - p_max_R[:, None]).exp().sum(-1)
     shifted_q_Rv, shifted_p_Rv = _shifted(student_Rv, q_max_R), _shifted(teacher_Rv, p_max_R)
     exp_q_Rv, exp_p_Rv = shifted_q_Rv.exp(), shifted_p_Rv.exp()
     sums = [q_max_R, p_max_R, exp_q_Rv.sum(-1), exp_p_Rv.sum(-1)]
@@ -53,7 +56,7 @@ def pair_sums(
         sums.append((exp_p_Rv * (shifted_p_Rv - shifted_q_Rv)).sum(-1))
     if reverse:
         sums.append((exp_q_Rv * (shifted_q_Rv - shifted_p_Rv)).sum(-1))
-    return torch.stack(sums)
+    return tuple(sums)
 
 
 def entry_sums(
@@ -65,7 +68,7 @@ def entry_sums(
     parameter: float,
     low: float | None,
     high: float | None,
-) -> Tensor:
+) -> tuple[Tensor, ...]:
     """Of a divergence's entries: their sum, their slopes' sum and, if they are clipped, q's sum over the inactive.
 
     `rows_nR` are m_q, m_p, 1/Z_q, 1/Z_p and log Z_q - log Z_p.
@@ -76,7 +79,7 @@ def entry_sums(
     sums = [entry_Rv.sum(-1), slope_Rv.sum(-1)]
     if inactive_Rv is not None:
         sums.append(torch.where(inactive_Rv, q_Rv, 0.0).sum(-1))
-    return torch.stack(sums)
+    return tuple(sums)
 
 
 def entry_gradient(
@@ -114,21 +117,45 @@ def kl_gradient(
     The first part of it is the forward KL's, the second the reverse KL's; log Z of both models has cancelled.
     """
     q_max_R, p_max_R, a_R, c_R, b_R, mean_R = rows_nR.unbind()
-    shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), q_max_R)
-    shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), p_max_R)
+    shifted_q_Rv = _scaled(logits[0], student_scale) - q_max_R[:, None]
+    shifted_p_Rv = _scaled(logits[1], teacher_scale) - p_max_R[:, None]
     if not reverse:
+        # Nothing here is infinite times 0, so there is no need of LOWEST.
         return shifted_q_Rv.exp() * a_R[:, None] - shifted_p_Rv.exp() * c_R[:, None]
+    shifted_q_Rv, shifted_p_Rv = shifted_q_Rv.clamp(min=LOWEST), shifted_p_Rv.clamp(min=LOWEST)
     factor_Rv = (shifted_q_Rv - shifted_p_Rv - mean_R[:, None]) * b_R[:, None]
     if not forward:
         return shifted_q_Rv.exp() * factor_Rv
     return shifted_q_Rv.exp() * (factor_Rv + a_R[:, None]) - shifted_p_Rv.exp() * c_R[:, None]
 
 
+def jsd_sums(
+    logits: Sequence[Tensor], rows_nR: Tensor, student_scale: float, teacher_scale: float, beta: float
+) -> tuple[Tensor, ...]:
+    """sum exp(s_p) log(p/m) and sum exp(s_q) log(m/q): `rows_nR` are m_q, m_p and log Z_q - log Z_p.
+
+    What `entry_sums` would do, in fewer operations for each column of the divergence that is asked for most.
+    """
+    shifted_q_Rv, shifted_p_Rv, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[2], student_scale, teacher_scale)
+    over_q_Rv = log_mixture_over_student(ratio_Rv, beta)
+    return (shifted_p_Rv.exp() * (ratio_Rv - over_q_Rv)).sum(-1), (shifted_q_Rv.exp() * over_q_Rv).sum(-1)
+
+
+def jsd_gradient(
+    logits: Sequence[Tensor], rows_nR: Tensor, student_scale: float, teacher_scale: float, beta: float
+) -> Tensor:
+    """exp(s_q) factor (mean - log(m/q)): `rows_nR` are m_q, m_p, log Z_q - log Z_p, the factor and the mean."""
+    shifted_q_Rv, _, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[2], student_scale, teacher_scale)
+    centred_Rv = rows_nR[4][:, None] - log_mixture_over_student(ratio_Rv, beta)
+    return shifted_q_Rv.exp() * (centred_Rv * rows_nR[3][:, None])
+
+
 def softmax_gradient(logits: Sequence[Tensor], rows_nR: Tensor, scale: float, with_entropy: bool) -> Tensor:
     """exp(s) (factor + slope s): `rows_nR` are m, the factor and, `with_entropy`, the slope."""
-    shifted_Rv = _shifted(_scaled(logits[0], scale), rows_nR[0])
+    shifted_Rv = _scaled(logits[0], scale) - rows_nR[0][:, None]
     if not with_entropy:
         return shifted_Rv.exp() * rows_nR[1][:, None]
+    shifted_Rv = shifted_Rv.clamp(min=LOWEST)
     return shifted_Rv.exp() * (shifted_Rv * rows_nR[2][:, None] + rows_nR[1][:, None])
 
 
@@ -153,6 +180,15 @@ def _shifted(scaled_Rv: Tensor, max_R: Tensor) -> Tensor:
     return (scaled_Rv - max_R[:, None]).clamp(min=LOWEST)
 
 
+def _shifted_pair(
+    logits: Sequence[Tensor], maxima_nR: Tensor, offset_R: Tensor, student_scale: float, teacher_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s_q, s_p and log(p/q); m_q and m_p are the first of `maxima_nR`, the offset is log Z_q - log Z_p."""
+    shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), maxima_nR[0])
+    shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), maxima_nR[1])
+    return shifted_q_Rv, shifted_p_Rv, shifted_p_Rv - shifted_q_Rv + offset_R[:, None]
+
+
 def _entries(
     logits: Sequence[Tensor],
     rows_nR: Tensor,
@@ -164,10 +200,8 @@ def _entries(
     high: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, the entries within their bounds, their slopes (0 where inactive), and which are inactive: [R, v] each."""
-    shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), rows_nR[0])
-    shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), rows_nR[1])
+    shifted_q_Rv, shifted_p_Rv, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[4], student_scale, teacher_scale)
     q_Rv, p_Rv = shifted_q_Rv.exp() * rows_nR[2][:, None], shifted_p_Rv.exp() * rows_nR[3][:, None]
-    ratio_Rv = shifted_p_Rv - shifted_q_Rv + rows_nR[4][:, None]
     entry_Rv, slope_Rv = ENTRIES[name][0](q_Rv, p_Rv, ratio_Rv, parameter)
     if low is None and high is None:
         return q_Rv, entry_Rv, slope_Rv, None
