@@ -85,18 +85,16 @@ CUTS: Mapping[str, Cut] = {
     "a micro-batch per sequence, chunks of 3": Cut(tokens_per_micro_batch=1, chunk_rows=3),
     "padded": Cut(tokens_per_micro_batch=32, sequence_multiple=4, total_multiple=16, fidelities=RICHEST),
     "tp=2": Cut(tp=2),
-    "tp=2, fp64, chunks of 5": Cut(tp=2, dtype=torch.float64, chunk_rows=5),
-    "tp=2, micro-batches, chunks of 4, padded": Cut(
-        tp=2, chunk_rows=4, tokens_per_micro_batch=24, total_multiple=8, fidelities=RICHEST
+    "tp=2, fp64, chunks of 40": Cut(tp=2, dtype=torch.float64, chunk_rows=40, fidelities=RICHEST),
+    "tp=2, micro-batches, chunks of 16, padded": Cut(
+        tp=2, chunk_rows=16, tokens_per_micro_batch=48, total_multiple=8, fidelities=RICHEST
     ),
     "dp=2": Cut(dp=2, fidelities=RICHEST),
     "dp=2, fp64, micro-batches": Cut(dp=2, dtype=torch.float64, tokens_per_micro_batch=24, fidelities=RICHEST),
     "tp=4": Cut(tp=4),
-    "tp=4, a micro-batch per sequence, chunks of 3": Cut(
-        tp=4, chunk_rows=3, tokens_per_micro_batch=1, fidelities=RICHEST
-    ),
-    "tp=2 dp=2, micro-batches, chunks of 8, padded": Cut(
-        tp=2, dp=2, tokens_per_micro_batch=24, chunk_rows=8, sequence_multiple=2, fidelities=RICHEST
+    "tp=4, micro-batches, chunks of 16": Cut(tp=4, chunk_rows=16, tokens_per_micro_batch=48, fidelities=RICHEST),
+    "tp=2 dp=2, micro-batches, chunks of 16, padded": Cut(
+        tp=2, dp=2, tokens_per_micro_batch=48, chunk_rows=16, sequence_multiple=2, fidelities=RICHEST
     ),
     "dp=4, a micro-batch per sequence": Cut(dp=4, tokens_per_micro_batch=1, fidelities=RICHEST),
 }

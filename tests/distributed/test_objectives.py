@@ -20,7 +20,7 @@ from tests.certify.table import CUTS, Expected, errors, expected, table_sequence
 
 SUITE = {
     1: ["whole", "whole, fp64", "micro-batches of 24 tokens"],
-    4: ["tp=2 dp=2, micro-batches, chunks of 8, padded"],
+    4: ["tp=2 dp=2, micro-batches, chunks of 16, padded"],
 }
 """By number of ranks; `make certify` takes all cuts."""
 
