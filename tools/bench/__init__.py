@@ -1,0 +1,1 @@
+"""Benches: losses against other people's (`losses`), and whole training steps by phase (`step`)."""
