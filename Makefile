@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow certify check format requirements clean
+.PHONY: help setup quickstart test slow certify bench check format requirements clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -41,6 +41,11 @@ slow: setup  ## the tests that take minutes; TESTS chooses here too
 
 certify: setup  ## hold every objective to its oracle under every cut; writes docs/certificates.*
 	@$(python) -m tests.certify.run $(CERTIFY)
+
+bench: setup  ## losses against others' (half an hour; BENCH_SET=quick: minutes), then training steps by phase
+	@sh tools/bench/setup.sh
+	@$(python) -m tools.bench.losses --set $(or $(BENCH_SET),full)
+	@$(python) -m tools.bench.step
 
 format: setup  ## let ruff rewrite what it can
 	@$(python) -m ruff check --fix .
