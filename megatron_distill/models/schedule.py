@@ -74,8 +74,8 @@ def gradient_buffer(network: Network) -> Tensor | None:
     """Where the output weight's gradient is summed; None if it has to come through autograd.
 
     With `overlap_grad_reduce` Megatron sends a bucket off as soon as autograd has brought every gradient in it: it
-    would wait for this one forever. Nothing marks the weight `grad_added_to_main_grad`: that would make Megatron's
-    hook drop what autograd brings, and the embedding's part with it.
+    would wait for this one forever. Megatron's own fused layers bring a dummy and set `grad_added_to_main_grad`, so
+    that it is not added; here nothing is brought, and what autograd brings for a tied weight must be added.
     """
     settings = getattr(network.module, "ddp_config", None)
     if settings is None or settings.overlap_grad_reduce:
