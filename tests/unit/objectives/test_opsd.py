@@ -122,6 +122,10 @@ def test_the_sampled_token_has_to_be_the_students() -> None:
     [
         ({"clip_low": 0.05}, "clip_low=0.05: must be below clip_high=0.05"),
         ({"beta": -0.1}, "beta=-0.1: must be between 0"),
+        (
+            {"divergence": "sampled_token", "support": "top_k"},
+            "support=top_k: the sampled token compares",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
