@@ -124,6 +124,13 @@ def test_a_shared_prefix_is_pushed_down_where_the_rejected_response_is_shorter_u
         assert slope.tolist() == pytest.approx([expected] * (length - 2)), "lengths count what the mask leaves"
 
 
+def test_responses_that_agree_again_further_on_are_masked_up_to_where_they_first_part() -> None:
+    pair = [response("a", 0, 1.0, (0, 1, 2, 3, 1)), response("a", 1, 0.0, (0, 2, 2, 3))]
+    gradients = run(REDI(mask_common_prefix=True), [*pair, *PAIRS[2:]]).gradients
+    assert [bool(row.any()) for row in gradients["a", 0]] == [False, True, True, True, True]
+    assert [bool(row.any()) for row in gradients["a", 1]] == [False, True, True, True]
+
+
 def test_a_response_that_is_the_others_beginning_has_nothing_left_and_no_nan() -> None:
     found = run(REDI(mask_common_prefix=True), [response("a", 0, 1.0, (1, 2, 3)), response("a", 1, 0.0, (1, 2))])
     assert math.isfinite(found.loss)
