@@ -105,19 +105,27 @@ class Reading:
         In the logits' own place if they are disposable, this is their last reader, and nobody reads the same memory.
         A second backward pass over the same graph is then refused by autograd.
         """
-        self.readers.discard(self)
         student_Rv, *others = logits
+        gradient_Rv = self._place(student_Rv, others)
+        # The very same tensor where it is the same memory: backends tell by that.
         columns = self.columns(student_Rv)
-        storages = {other.untyped_storage().data_ptr() for other in others}
-        if self.disposable and not self.readers and student_Rv.untyped_storage().data_ptr() not in storages:
-            gradient_Rv = student_Rv.detach()
-            backend.chosen().write(region, columns, [columns, *others], rows_nR, *settings)
-            increment_version(student_Rv)
-        else:
-            gradient_Rv = torch.empty_like(student_Rv)
-            backend.chosen().write(region, self.columns(gradient_Rv), [columns, *others], rows_nR, *settings)
+        out_Rv = columns if gradient_Rv.data_ptr() == student_Rv.data_ptr() else self.columns(gradient_Rv)
+        backend.chosen().write(region, out_Rv, [columns, *others], rows_nR, *settings)
         gradient_Rv[:, self.valid_width :] = 0
         return gradient_Rv
+
+    def zeros(self, logits_Rv: Tensor) -> Tensor:
+        """A gradient of zeros, [R, v], to be filled by the caller: in the same place as `gradient` would be."""
+        return self._place(logits_Rv, []).zero_()
+
+    def _place(self, student_Rv: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """Where the gradient goes; this reader is done with."""
+        self.readers.discard(self)
+        storages = {other.untyped_storage().data_ptr() for other in others}
+        if not self.disposable or self.readers or student_Rv.untyped_storage().data_ptr() in storages:
+            return torch.empty_like(student_Rv)
+        increment_version(student_Rv)
+        return student_Rv.detach()
 
 
 def local_statistics(shard: VocabShard) -> Tensor:
@@ -221,9 +229,9 @@ class _Scores(Function):
         rows = [max_R, *(weight_R * scale / sum_R for weight_R in (factor_R, *slope_R))]
         grad_Rv = ctx.reading.gradient(regions.softmax_gradient, [logits_Rv], torch.stack(rows), scale, with_entropy)
         if at_id_R is not None:
-            here_R1 = local_R[:, None]
-            at_id_R1 = (at_id_R * scale).to(grad_Rv.dtype)[:, None]
-            grad_Rv.scatter_(-1, here_R1, torch.where(owned_R[:, None], at_id_R1, grad_Rv.gather(-1, here_R1)))
+            # By index: scatter of bf16 on a CPU goes through a wide copy of everything.
+            here = torch.arange(local_R.numel(), device=local_R.device), local_R
+            grad_Rv[here] = torch.where(owned_R, (at_id_R * scale).to(grad_Rv.dtype), grad_Rv[here])
         return grad_Rv, None, None, None
 
 
