@@ -11,6 +11,7 @@ when they are first used, and not before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
@@ -44,19 +45,30 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class Eager:
     """Torch operations, a block of rows at a time."""
+
+    block_elements: int | None = None
+    """Logits of one model in a block; None chooses by device."""
 
     def sums(self, region: Region, logits: Sequence[Tensor], rows_nR: Tensor | None, *settings: Any) -> Tensor:
         parts = [
             region([one[block] for one in logits], None if rows_nR is None else rows_nR[:, block], *settings)
-            for block in _blocks(logits[0])
+            for block in self._blocks(logits[0])
         ]
         return torch.stack([torch.cat(of_blocks) for of_blocks in zip(*parts, strict=True)])
 
     def write(self, region: Region, out_Rv: Tensor, logits: Sequence[Tensor], rows_nR: Tensor, *settings: Any) -> None:
-        for block in _blocks(out_Rv):
+        for block in self._blocks(out_Rv):
             out_Rv[block] = region([one[block] for one in logits], rows_nR[:, block], *settings)
+
+    def _blocks(self, logits_Rv: Tensor) -> list[slice]:
+        """Slices that cover the rows; one empty slice if there are none."""
+        rows, columns = logits_Rv.shape
+        elements = self.block_elements or BLOCK_ELEMENTS.get(logits_Rv.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+        size = max(1, elements // max(1, columns))
+        return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
 class Compiled:
@@ -106,14 +118,6 @@ def _make(name: Name) -> Backend:
 
         return Triton()
     return Compiled() if name == "compiled" else Eager()
-
-
-def _blocks(logits_Rv: Tensor) -> list[slice]:
-    """Slices that cover the rows; one empty slice if there are none."""
-    rows, columns = logits_Rv.shape
-    elements = BLOCK_ELEMENTS.get(logits_Rv.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-    size = max(1, elements // max(1, columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
 @cache

@@ -106,26 +106,28 @@ class Reading:
         A second backward pass over the same graph is then refused by autograd.
         """
         student_Rv, *others = logits
-        gradient_Rv = self._place(student_Rv, others)
-        # The very same tensor where it is the same memory: backends tell by that.
         columns = self.columns(student_Rv)
-        out_Rv = columns if gradient_Rv.data_ptr() == student_Rv.data_ptr() else self.columns(gradient_Rv)
+        if self._may_overwrite(student_Rv, others):
+            gradient_Rv, out_Rv = student_Rv.detach(), columns
+        else:
+            gradient_Rv = torch.empty_like(student_Rv)
+            out_Rv = self.columns(gradient_Rv)
         backend.chosen().write(region, out_Rv, [columns, *others], rows_nR, *settings)
         gradient_Rv[:, self.valid_width :] = 0
         return gradient_Rv
 
     def zeros(self, logits_Rv: Tensor) -> Tensor:
         """A gradient of zeros, [R, v], to be filled by the caller: in the same place as `gradient` would be."""
-        return self._place(logits_Rv, []).zero_()
+        return logits_Rv.detach().zero_() if self._may_overwrite(logits_Rv, []) else torch.zeros_like(logits_Rv)
 
-    def _place(self, student_Rv: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """Where the gradient goes; this reader is done with."""
+    def _may_overwrite(self, student_Rv: Tensor, others: Sequence[Tensor]) -> bool:
+        """Whether the gradient goes where the logits are, in which case they count as modified; the reader is done."""
         self.readers.discard(self)
         storages = {other.untyped_storage().data_ptr() for other in others}
         if not self.disposable or self.readers or student_Rv.untyped_storage().data_ptr() in storages:
-            return torch.empty_like(student_Rv)
+            return False
         increment_version(student_Rv)
-        return student_Rv.detach()
+        return True
 
 
 def local_statistics(shard: VocabShard) -> Tensor:

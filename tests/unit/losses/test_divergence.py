@@ -18,7 +18,9 @@ from megatron_distill.losses.divergence import (
 )
 from megatron_distill.losses.kinds import Clip, Divergence
 from megatron_distill.losses.vocab import entropy, logprob
+from megatron_distill.testing.assertions import assert_close
 from megatron_distill.types import VocabPartition, VocabShard
+from tests.oracles import dense
 
 STUDENT = [1.0, 0.5, -0.5, -2.0]
 TEACHER = [0.0, 2.0, -1.0, -3.0]
@@ -114,6 +116,23 @@ KINDS = [
     Divergence("mixed_kl", 0.7),
     Divergence("total_variation"),
 ]
+
+
+@pytest.mark.parametrize("clip", [(None, None), (None, 0.02), (0.0, 0.05), (-0.01, None), (-0.01, 0.01)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_every_divergence_and_clip_equals_the_dense_reference(
+    kind: Divergence, clip: tuple[float | None, float | None]
+) -> None:
+    logits = (torch.randn(6, 40, dtype=torch.float64) * 3).requires_grad_()
+    dense_logits, upstream = logits.detach()[:, :37].clone().requires_grad_(), torch.randn(6, dtype=torch.float64)
+    teacher = torch.randn(6, 40, dtype=torch.float64) * 3
+    found = divergence(_shard(logits, 1.3, valid=37), _shard(teacher, 1.3, valid=37), kind, clip=Clip(*clip))
+    expected = dense.divergence(dense_logits, teacher[:, :37], 1.3, kind.name, kind.parameter, clip)
+    assert_close(found, expected, "value")
+    (gradient,) = torch.autograd.grad(found, logits, upstream)
+    (expected_gradient,) = torch.autograd.grad(expected, dense_logits, upstream)
+    assert_close(gradient[:, :37], expected_gradient, "gradient")
+    assert not gradient[:, 37:].any()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
