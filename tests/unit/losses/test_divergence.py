@@ -233,3 +233,14 @@ def test_low_precision_logits_are_computed_wide() -> None:
         student.double().log_softmax(-1), teacher.double().log_softmax(-1), log_target=True, reduction="none"
     ).sum(-1)
     torch.testing.assert_close(forward_kl(_shard(student), _shard(teacher)).double(), expected, rtol=1e-3, atol=0)
+
+
+def test_two_teachers_of_no_rows_leave_an_empty_gradient() -> None:
+    """A rank without sequences: all empty tensors have one address, which is not to be taken for one memory."""
+    partition = VocabPartition(start=0, width=8, valid=7, group=None)
+    leaf_Rv = torch.zeros(0, 8, requires_grad=True)
+    student = VocabShard.of(leaf_Rv * 1.0, partition, disposable=True)
+    teachers = [VocabShard.of(torch.zeros(0, 8), partition) for _ in range(2)]
+    (forward_kl(student, teachers[0]) + jsd(student, teachers[1], 0.5)).sum().backward()
+    assert leaf_Rv.grad is not None
+    assert leaf_Rv.grad.shape == (0, 8)
