@@ -153,7 +153,7 @@ class _TopK(Function):
             local = [columns.owned(part_RK).sum(-1) for part_RK in (value_RK, slope_RK, fixed_RK)]
             value_R, slope_R, fixed_R = all_reduce(local, dist.ReduceOp.SUM, partition.group)
 
-        off_R = torch.zeros_like(value_R)
+        off_R = None
         if setting.outside != "renormalise":
             q_tail_R = softmax.log_q_tail_R.exp()
             if log_p_tail_R is None:
@@ -177,11 +177,14 @@ class _TopK(Function):
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         logits_Rv, tail_max_R, on_RK, off_R = ctx.saved_tensors
         columns, scale = ctx.columns, ctx.reading.scale
-        rows_2R = torch.stack([tail_max_R, off_R * grad_R * scale])
-        before_RK = columns.hide(logits_Rv)
-        grad_Rv = ctx.reading.gradient(regions.softmax_gradient, [logits_Rv], rows_2R, scale, False)
-        if grad_Rv.data_ptr() != logits_Rv.data_ptr():
-            columns.put_back(logits_Rv, before_RK)
+        if off_R is None:
+            grad_Rv = ctx.reading.zeros(logits_Rv)
+        else:
+            rows_2R = torch.stack([tail_max_R, off_R * grad_R * scale])
+            before_RK = columns.hide(logits_Rv)
+            grad_Rv = ctx.reading.gradient(regions.softmax_gradient, [logits_Rv], rows_2R, scale, False)
+            if grad_Rv.data_ptr() != logits_Rv.data_ptr():
+                columns.put_back(logits_Rv, before_RK)
         # Columns of S hold 0 so far; added, because several ids of other ranks may point at one of them.
         grad_Rv.scatter_add_(-1, columns.index_RK, (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype))
         return grad_Rv, None, None, None
@@ -225,10 +228,8 @@ class _Softmax:
         group, scale = reading.partition.group, reading.scale
         logits_RK = (wide(logits_Rv.gather(-1, columns.index_RK)) * scale).clamp(min=_FLOOR)
         top_max_R = columns.owned(logits_RK, float("-inf")).amax(-1)
-        if setting.outside == "renormalise":
-            # exp(u - tail_max) is 0 everywhere off S
-            own_max_R, own_sum_R = torch.full_like(top_max_R, -_FLOOR), torch.zeros_like(top_max_R)
-        else:
+        own_max_R, own_sum_R = torch.full_like(top_max_R, _FLOOR), torch.zeros_like(top_max_R)
+        if setting.outside != "renormalise":
             before_RK = columns.hide(logits_Rv)
             real = [reading.columns(logits_Rv)]
             try:
@@ -236,7 +237,7 @@ class _Softmax:
             finally:
                 columns.put_back(logits_Rv, before_RK)
         top_max_R, tail_max_R = all_reduce([top_max_R, own_max_R], dist.ReduceOp.MAX, group)
-        max_R = top_max_R if setting.outside == "renormalise" else torch.maximum(top_max_R, tail_max_R)
+        max_R = torch.maximum(top_max_R, tail_max_R)
 
         shifted_RK = (logits_RK - max_R[:, None]).clamp_(min=LOWEST)
         exp_RK = shifted_RK.exp()
@@ -248,7 +249,7 @@ class _Softmax:
         tail_sum_R, top_sum_R, *picked = all_reduce(local, dist.ReduceOp.SUM, group)
 
         tail_shift_R = below(tail_max_R, max_R)
-        sum_R = top_sum_R + tail_sum_R * tail_shift_R.clamp(max=0.0).exp()
+        sum_R = top_sum_R + tail_sum_R * tail_shift_R.exp()
         log_sum_R = sum_R.log()
         if picked and not forward:
             picked[0] = picked[0] / sum_R

@@ -95,9 +95,8 @@ def _all_errors(dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
         f"{kind.name} {outside} {clip} {shape} T={temperature}": _errors(dtype, shape, temperature, kind, outside, clip)
         for kind in KINDS
         for outside in OUTSIDES
-        for clip in CLIPS
+        for clip, temperature in zip(CLIPS, (1.3, 1.0), strict=True)
         for shape in SHAPES
-        for temperature in (1.0, 1.3)
     }
 
 
