@@ -8,7 +8,7 @@ its first step, next to which the rounding of the weight itself is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -176,7 +176,13 @@ def errors(root: Path, cut: Cut, answers: Sequence[Expected]) -> list[Errors]:
             with _restored(student):
                 report = _step(student, teacher, cut, answer, runtime)
                 found.append(_compare(answer, report, before, student))
+                _check_teachers(teacher(name) for name in answer.setting.teachers)
         return found
+
+
+def _check_teachers(teachers: Iterable[Any]) -> None:
+    for teacher in teachers:
+        assert not any(one.requires_grad or one.grad is not None for one in teacher.network.module.parameters())
 
 
 def _teacher(root: Path, student: Student, name: str) -> Any:

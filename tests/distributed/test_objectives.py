@@ -46,22 +46,24 @@ def test_loss_and_gradient_equal_the_oracle_under_every_cut(worlds: Worlds, kind
 
 
 @pytest.mark.parametrize("kind", PLANS)
-def test_data_leave_a_micro_batch_without_rows(kind: str) -> None:
-    """What the cuts are meant to cover really happens."""
-    micro = [
-        one.rows
-        for rank in range(4)
-        for one in pack(
+def test_data_meet_what_the_cuts_are_for(kind: str) -> None:
+    shares = [
+        pack(
             table_sequences(kind),
             dp_rank=rank,
             dp_size=4,
             tokens_per_micro_batch=1,
             device=torch.device("cpu"),
             version=0,
-        ).micro
+        )
+        for rank in range(4)
     ]
-    assert sum(micro) == total_rows(kind)
-    assert len(micro) > len(table_sequences(kind)) or len(micro) % 4 == 0
+    rows = [[micro.rows for micro in batch.micro] for batch in shares]
+    assert sum(map(sum, rows)) == total_rows(kind)
+    if kind == "sampled":
+        assert 0 in [one for share in rows for one in share], "a micro-batch without rows"
+        ranks = [{int(group) for micro in batch.micro for group in micro.group_S} for batch in shares]
+        assert all(sum(group in rank for rank in ranks) > 1 for group in range(3)), "groups that straddle ranks"
 
 
 @pytest.mark.parametrize("kind", objectives())
