@@ -241,28 +241,5 @@ def pair_signs(batch: Batch, scope: Scope) -> PerMicro:
     return tuple(2.0 * one - 1.0 for one in rewards)
 
 
-def teacher_shares(teachers: Mapping[str, TeacherSignal], weights: Mapping[str, float]) -> dict[str, float]:
-    """How much each teacher counts, summing to 1: in proportion to `weights`, or equally if there are none.
-
-    Raises:
-        ConfigError: `weights` names other teachers than there are.
-    """
-    if not weights:
-        return dict.fromkeys(teachers, 1.0 / len(teachers))
-    if weights.keys() != teachers.keys():
-        raise ConfigError(
-            f"objective.teacher_weights: names {sorted(weights)}, the teachers are {sorted(teachers)}: "
-            "give every teacher a weight, or leave the setting out for equal weights"
-        )
-    return {name: weights[name] / sum(weights.values()) for name in teachers}
-
-
-def check_teacher_weights(weights: Mapping[str, float]) -> None:
-    """Raises ValueError unless all are above 0."""
-    for name, weight in weights.items():
-        if not weight > 0:
-            raise ValueError(f"teacher_weights.{name}={weight}: must be above 0; leave a teacher out under `teachers`")
-
-
 def _names(origins: frozenset[Origin] | set[Origin]) -> str:
     return " and ".join(sorted(origin.name.lower() for origin in origins))

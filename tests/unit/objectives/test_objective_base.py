@@ -9,12 +9,12 @@ import torch
 
 from megatron_distill.data.packing import pack
 from megatron_distill.errors import ConfigError
-from megatron_distill.objectives.base import Objective, Scope, mean_plan, teacher_shares
+from megatron_distill.objectives.base import Objective, Scope, mean_plan, reduction_weights
 from megatron_distill.objectives.gkd import GKD
 from megatron_distill.objectives.opd import OPD
 from megatron_distill.objectives.sft import SFT
 from megatron_distill.plugins import kinds, load
-from megatron_distill.types import Batch, Fidelity, Origin, Prompt, Rollout, Scored, Stop, Token, TokenStats
+from megatron_distill.types import Batch, Fidelity, Origin, Prompt, Rollout, Scored, Stop, TokenStats
 
 
 def _batch(lengths: list[int], origin: Origin = Origin.STUDENT, budget: int = 100, dp_size: int = 1) -> Batch:
@@ -93,12 +93,22 @@ def test_the_sampled_token_objective_refuses_tokens_the_student_did_not_sample()
     assert plan.denominators == {"reverse_kl": 3.0}
 
 
-def test_teachers_share_equally_or_as_told() -> None:
-    signals = {name: Token(logp_R=torch.zeros(1)) for name in ("big", "small")}
-    assert teacher_shares(signals, {}) == {"big": 0.5, "small": 0.5}
-    assert teacher_shares(signals, {"small": 1.0, "big": 3.0}) == {"big": 0.75, "small": 0.25}
-    with pytest.raises(ConfigError, match=r"names \['big'\], the teachers are \['big', 'small'\]"):
-        teacher_shares(signals, {"big": 1.0})
+@pytest.mark.parametrize(
+    ("reduction", "denominator", "weight"),
+    [("token_mean", 5.0, [1.0, 1.0]), ("sequence_mean", 2.0, [0.5, 1 / 3]), ("sequence_sum", 2.0, [1.0, 1.0])],
+)
+def test_masked_tokens_count_neither_above_nor_below_the_line(
+    reduction: Any, denominator: float, weight: list[float]
+) -> None:
+    """Sequences of 4, 3 and 2 tokens, of which 2, 3 and none count."""
+    batch = _batch([4, 3, 2])
+    (micro,) = batch.micro
+    mask = torch.tensor([1, 1, 0, 0, 1, 1, 1, 0, 0], dtype=torch.bool)
+    (weights,), found = reduction_weights(batch, Scope(seed=0, step=0), reduction, (mask,))
+    assert found == denominator
+    assert weights.tolist() == pytest.approx([weight[0]] * 2 + [0.0] * 2 + [weight[1]] * 3 + [0.0] * 2)
+    (nothing,), found = reduction_weights(batch, Scope(seed=0, step=0), reduction, (torch.zeros(micro.rows),))
+    assert (found, nothing.sum()) == (1.0, 0.0), "a step in which nothing counts has loss 0, not 0/0"
 
 
 def test_randomness_is_keyed_not_streamed() -> None:
