@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 type RowsLoss = Callable[[Tensor, slice], tuple[Tensor, Mapping[str, Tensor]]]
 """(logits [C, v], which rows they are) -> (scalar, named detached scalars); everything adds up over chunks.
@@ -114,7 +115,8 @@ def _forward(
     """The scaled total; gradients are written to `hidden_grad` and added to `weight_grad`."""
     real_vH = weight_vH.detach()[: work.valid]
     with_grad = hidden_grad is not None or weight_grad is not None
-    logits = hidden_RH.new_zeros(min(work.chunk_rows, hidden_RH.shape[0]), weight_vH.shape[0])
+    logits = hidden_RH.new_empty(min(work.chunk_rows, hidden_RH.shape[0]), weight_vH.shape[0])
+    logits[:, work.valid :] = 0
     total: Tensor | None = None
     for rows in _chunks(hidden_RH.shape[0], work.chunk_rows):
         hidden_CH = hidden_RH.detach()[rows]
@@ -149,16 +151,18 @@ class _LinearLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
+        gradients = [one for one in (hidden_grad, weight_grad) if one is not None]
         if ctx.added:
             # Checked where the gradient is: on a GPU nobody waits for the answer.
             torch._assert_async(grad == 1, "the weight's gradient is added already: the loss must not be scaled again")
-            return hidden_grad, None, None, None
-        # In place, for they are large and nobody else has them; autograd refuses a second backward pass after it.
-        if hidden_grad is not None:
-            hidden_grad.mul_(grad.to(hidden_grad.dtype))
-        if weight_grad is not None:
-            weight_grad = weight_grad.mul_(grad.to(weight_grad.dtype)).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        # On a CPU it is cheap to look whether it is 1, as it mostly is; on a GPU looking would mean waiting.
+        elif grad.is_cuda or grad.item() != 1.0:
+            for one in gradients:
+                # in place, for they are large and nobody else has them
+                one.mul_(grad.to(one.dtype))
+        # They are given away: autograd is to refuse a second backward pass.
+        increment_version(gradients)
+        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.weight_dtype), None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -68,6 +68,17 @@ def test_no_rows_give_zero_and_still_reach_every_parameter() -> None:
     assert not weight.grad.any()
 
 
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_a_second_backward_pass_is_refused(with_buffer: bool) -> None:
+    """The first one gave its gradients away."""
+    hidden, weight = _inputs()
+    buffer = torch.zeros_like(weight).detach() if with_buffer else None
+    found, _ = linear_loss(hidden, weight, _squares, add_to=buffer)
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen: str) -> None:
     hidden, weight = _inputs()
