@@ -81,16 +81,16 @@ def retain_heap() -> None:
     assert library.mallopt(_M_TRIM_THRESHOLD, ctypes.c_int(2**31 - 1)) == 1
 
 
-def read_results(name: str) -> dict[str, Any] | None:
+def read_results(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """What was last written for this kind of machine; None if nothing."""
-    path = RESULTS / hardware() / f"{name}.json"
+    path = folder / hardware() / f"{name}.json"
     found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Write results/<hardware>/<name>.json with the machine's facts in front."""
-    path = RESULTS / hardware() / f"{name}.json"
+def write_results(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write <hardware>/<name>.json with the machine's facts in front."""
+    path = folder / hardware() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"machine": facts(), **results}, indent=1) + "\n")
     return path

@@ -112,10 +112,11 @@ def interleave(methods: Sequence[Method], rounds: int, watch: Stopwatch, warm_up
 
 
 def order(methods: Sequence[Method], number: int) -> list[Method]:
-    """The methods as they run in a round: another one begins each time, and every other round goes backwards."""
+    """The methods as they run in a round: the next one begins each time, and every other round goes backwards."""
     start = number % len(methods)
-    turned = [*methods[start:], *methods[:start]]
-    return turned[::-1] if number % 2 else turned
+    if number % 2:
+        return [*methods[start::-1], *methods[:start:-1]]
+    return [*methods[start:], *methods[:start]]
 
 
 @dataclass(frozen=True, slots=True)
