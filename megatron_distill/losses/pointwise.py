@@ -94,8 +94,9 @@ def log_mixture_over_student(ratio: Tensor, beta: float) -> Tensor:
     for any x, and unlike log(m) - log(q) keeps its digits where p and q are close. (Not log1p and expm1: x is a
     difference of logits and its own rounding is larger than theirs, and vectorised they are 12 times as slow.)
     """
-    smaller = (-ratio.abs()).exp()
+    smaller = ratio.abs().neg_().exp_()
     if beta == 0.5:
-        return (0.5 * smaller + 0.5).log() + ratio.clamp(min=0.0)
-    less = smaller - 1.0
-    return (1.0 + torch.where(ratio > 0, (1.0 - beta) * less, beta * less)).log() + ratio.clamp(min=0.0)
+        return smaller.mul_(0.5).add_(0.5).log_().add_(ratio.clamp(min=0.0))
+    less = smaller.sub_(1.0)
+    weighted = torch.where(ratio > 0, (1.0 - beta) * less, beta * less)
+    return weighted.add_(1.0).log_().add_(ratio.clamp(min=0.0))

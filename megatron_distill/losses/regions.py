@@ -7,6 +7,9 @@ nowhere else. Rows do not know of each other, so a backend may take as many at a
 
 s = max(logit / T - m, LOWEST) is a shifted logit. m and Z = sum exp(s) stay apart: exp(s) / Z is several times more
 exact in fp32 than exp(logit - logsumexp).
+
+Operations are in place wherever a tensor is a region's own: eagerly that is fewer passes over the cache, and to a
+compiler it makes no difference. The first of them, a subtraction, never is: it may read the logits themselves.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ def model_sums(logits: Sequence[Tensor], rows_nR: None, scale: float, with_entro
     scaled_Rv = _scaled(logits[0], scale)
     max_R = _maxima(scaled_Rv)
     if not with_entropy:
-        return max_R, (scaled_Rv - max_R[:, None]).exp().sum(-1)
+        return max_R, (scaled_Rv - max_R[:, None]).exp_().sum(-1)
     shifted_Rv = _shifted(scaled_Rv, max_R)
     exp_Rv = shifted_Rv.exp()
-    return max_R, exp_Rv.sum(-1), (exp_Rv * shifted_Rv).sum(-1)
+    return max_R, exp_Rv.sum(-1), exp_Rv.mul_(shifted_Rv).sum(-1)
 
 
 def pair_sums(
@@ -47,15 +50,16 @@ def pair_sums(
     student_Rv, teacher_Rv = _scaled(logits[0], student_scale), _scaled(logits[1], teacher_scale)
     q_max_R, p_max_R = _maxima(student_Rv), _maxima(teacher_Rv)
     if not forward and not reverse:
-        q_sum_R = (student_Rv - q_max_R[:, None]).exp().sum(-1)
-        return q_max_R, p_max_R, q_sum_R, (teacher_Rv - p_max_R[:, None]).exp().sum(-1)
+        q_sum_R = (student_Rv - q_max_R[:, None]).exp_().sum(-1)
+        return q_max_R, p_max_R, q_sum_R, (teacher_Rv - p_max_R[:, None]).exp_().sum(-1)
     shifted_q_Rv, shifted_p_Rv = _shifted(student_Rv, q_max_R), _shifted(teacher_Rv, p_max_R)
     exp_q_Rv, exp_p_Rv = shifted_q_Rv.exp(), shifted_p_Rv.exp()
     sums = [q_max_R, p_max_R, exp_q_Rv.sum(-1), exp_p_Rv.sum(-1)]
+    ratio_Rv = shifted_p_Rv.sub_(shifted_q_Rv)
     if forward:
-        sums.append((exp_p_Rv * (shifted_p_Rv - shifted_q_Rv)).sum(-1))
+        sums.append(exp_p_Rv.mul_(ratio_Rv).sum(-1))
     if reverse:
-        sums.append((exp_q_Rv * (shifted_q_Rv - shifted_p_Rv)).sum(-1))
+        sums.append(-exp_q_Rv.mul_(ratio_Rv).sum(-1))
     return tuple(sums)
 
 
@@ -121,12 +125,13 @@ def kl_gradient(
     shifted_p_Rv = _scaled(logits[1], teacher_scale) - p_max_R[:, None]
     if not reverse:
         # Nothing here is infinite times 0, so there is no need of LOWEST.
-        return shifted_q_Rv.exp() * a_R[:, None] - shifted_p_Rv.exp() * c_R[:, None]
-    shifted_q_Rv, shifted_p_Rv = shifted_q_Rv.clamp(min=LOWEST), shifted_p_Rv.clamp(min=LOWEST)
-    factor_Rv = (shifted_q_Rv - shifted_p_Rv - mean_R[:, None]) * b_R[:, None]
+        return shifted_q_Rv.exp_().mul_(a_R[:, None]).sub_(shifted_p_Rv.exp_().mul_(c_R[:, None]))
+    shifted_q_Rv, shifted_p_Rv = shifted_q_Rv.clamp_(min=LOWEST), shifted_p_Rv.clamp_(min=LOWEST)
+    factor_Rv = (shifted_q_Rv - shifted_p_Rv).sub_(mean_R[:, None]).mul_(b_R[:, None])
     if not forward:
-        return shifted_q_Rv.exp() * factor_Rv
-    return shifted_q_Rv.exp() * (factor_Rv + a_R[:, None]) - shifted_p_Rv.exp() * c_R[:, None]
+        return shifted_q_Rv.exp_().mul_(factor_Rv)
+    factor_Rv.add_(a_R[:, None])
+    return shifted_q_Rv.exp_().mul_(factor_Rv).sub_(shifted_p_Rv.exp_().mul_(c_R[:, None]))
 
 
 def jsd_sums(
@@ -138,7 +143,8 @@ def jsd_sums(
     """
     shifted_q_Rv, shifted_p_Rv, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[2], student_scale, teacher_scale)
     over_q_Rv = log_mixture_over_student(ratio_Rv, beta)
-    return (shifted_p_Rv.exp() * (ratio_Rv - over_q_Rv)).sum(-1), (shifted_q_Rv.exp() * over_q_Rv).sum(-1)
+    p_part_R = shifted_p_Rv.exp_().mul_(ratio_Rv.sub_(over_q_Rv)).sum(-1)
+    return p_part_R, shifted_q_Rv.exp_().mul_(over_q_Rv).sum(-1)
 
 
 def jsd_gradient(
@@ -147,16 +153,16 @@ def jsd_gradient(
     """exp(s_q) factor (mean - log(m/q)): `rows_nR` are m_q, m_p, log Z_q - log Z_p, the factor and the mean."""
     shifted_q_Rv, _, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[2], student_scale, teacher_scale)
     centred_Rv = rows_nR[4][:, None] - log_mixture_over_student(ratio_Rv, beta)
-    return shifted_q_Rv.exp() * (centred_Rv * rows_nR[3][:, None])
+    return shifted_q_Rv.exp_().mul_(centred_Rv.mul_(rows_nR[3][:, None]))
 
 
 def softmax_gradient(logits: Sequence[Tensor], rows_nR: Tensor, scale: float, with_entropy: bool) -> Tensor:
     """exp(s) (factor + slope s): `rows_nR` are m, the factor and, `with_entropy`, the slope."""
     shifted_Rv = _scaled(logits[0], scale) - rows_nR[0][:, None]
     if not with_entropy:
-        return shifted_Rv.exp() * rows_nR[1][:, None]
-    shifted_Rv = shifted_Rv.clamp(min=LOWEST)
-    return shifted_Rv.exp() * (shifted_Rv * rows_nR[2][:, None] + rows_nR[1][:, None])
+        return shifted_Rv.exp_().mul_(rows_nR[1][:, None])
+    exp_Rv = shifted_Rv.clamp_(min=LOWEST).exp()
+    return exp_Rv.mul_(shifted_Rv.mul_(rows_nR[2][:, None]).add_(rows_nR[1][:, None]))
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ def _maxima(scaled_Rv: Tensor) -> Tensor:
 
 
 def _shifted(scaled_Rv: Tensor, max_R: Tensor) -> Tensor:
-    return (scaled_Rv - max_R[:, None]).clamp(min=LOWEST)
+    return (scaled_Rv - max_R[:, None]).clamp_(min=LOWEST)
 
 
 def _shifted_pair(
@@ -186,7 +192,7 @@ def _shifted_pair(
     """s_q, s_p and log(p/q); m_q and m_p are the first of `maxima_nR`, the offset is log Z_q - log Z_p."""
     shifted_q_Rv = _shifted(_scaled(logits[0], student_scale), maxima_nR[0])
     shifted_p_Rv = _shifted(_scaled(logits[1], teacher_scale), maxima_nR[1])
-    return shifted_q_Rv, shifted_p_Rv, shifted_p_Rv - shifted_q_Rv + offset_R[:, None]
+    return shifted_q_Rv, shifted_p_Rv, (shifted_p_Rv - shifted_q_Rv).add_(offset_R[:, None])
 
 
 def _entries(
@@ -201,7 +207,7 @@ def _entries(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, the entries within their bounds, their slopes (0 where inactive), and which are inactive: [R, v] each."""
     shifted_q_Rv, shifted_p_Rv, ratio_Rv = _shifted_pair(logits, rows_nR, rows_nR[4], student_scale, teacher_scale)
-    q_Rv, p_Rv = shifted_q_Rv.exp() * rows_nR[2][:, None], shifted_p_Rv.exp() * rows_nR[3][:, None]
+    q_Rv, p_Rv = shifted_q_Rv.exp_().mul_(rows_nR[2][:, None]), shifted_p_Rv.exp_().mul_(rows_nR[3][:, None])
     entry_Rv, slope_Rv = ENTRIES[name][0](q_Rv, p_Rv, ratio_Rv, parameter)
     if low is None and high is None:
         return q_Rv, entry_Rv, slope_Rv, None
