@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tools.bench import bars, comparisons, machine, report, rivals, step
 from tools.bench.collectives import EXPECTED, counted
@@ -125,7 +126,7 @@ def test_fused_linear_and_the_naive_code_are_equal_work(loss):
 
 def test_the_floor_does_three_student_products_and_one_of_the_teacher():
     inputs = Hidden(LINEAR)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counting:
+    with FlopCounterMode(display=False) as counting:
         hidden_grad, weight_grad = rivals.gemm_floor(inputs)
     hidden_RH, weight_VH = inputs.hidden_RH.detach(), inputs.weight_VH.detach()
     logits_RV = hidden_RH @ weight_VH.t()
