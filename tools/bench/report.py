@@ -16,9 +16,10 @@ from tools.bench.work import Shape
 
 
 def merged(before: dict[str, Any] | None, now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Comparisons of an earlier results document, each replaced by its newer self where there is one."""
+    """Comparisons of an earlier results document, each replaced by its newer self where there is one; by shape."""
     found = {_key(one): one for one in [*(before["comparisons"] if before else []), *now]}
-    return list(found.values())
+    shapes = [shape for shape, _ in found]
+    return sorted(found.values(), key=lambda one: shapes.index(_key(one)[0]))
 
 
 def _key(comparison: dict[str, Any]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench import bars, comparisons, machine, report, rivals, step
+from tools.bench import bars, comparisons, figures, machine, report, rivals, step
 from tools.bench.collectives import EXPECTED, counted
 from tools.bench.comparisons import COMPILED, EAGER, MEGATRON, MEGATRON_FUSED, NAIVE, OURS, Contender, admit
 from tools.bench.equal import errors
@@ -312,3 +312,22 @@ def test_the_step_bench_writes_a_config_that_can_be_run(tmp_path):
     run = load(str(step.prepare(case, tmp_path)), list(case.settings))
     check(run)
     assert run.train.prompts_per_step == case.size.prompts
+
+
+def test_the_guide_shows_the_results_files_as_they_are():
+    guide = figures.GUIDE.read_text(encoding="utf-8")
+    assert figures.with_figures(guide) == guide, "run python -m tools.bench.figures"
+
+
+def test_figures_tell_who_was_left_out_and_what_was_missed(tmp_path):
+    (one,), counts = document()
+    one["methods"]["TRL"] = {"refused": "needs some 9 GiB, 4 are free"}
+    one["measured"]["rounds"] = 5
+    machine.write_results("losses", report.assemble([one], counts), tmp_path)
+    text = figures.with_figures(f"before {figures.BEGIN} old {figures.END} after", tmp_path)
+    assert "old" not in text
+    assert text.startswith("before")
+    assert text.endswith("after")
+    assert "| TRL | left out: needs some 9 GiB, 4 are free |" in text
+    assert "| naive | 30 (30) | 0.33 (0.33) | 5.000 | 1e-06 | 1e-06 |" in text
+    assert f"| forward_kl: time / {COMPILED} | {TINY.name} | 0.9 | 0.952 | 0.952 | **missed** |" in text
