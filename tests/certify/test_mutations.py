@@ -116,7 +116,7 @@ FAULTS = {
     "beta on the wrong side": Fault(
         file="objectives/gkd.py",
         old='Divergence("jsd", self.beta)',
-        new='Divergence("jsd", 1.0 - self.beta)',
+        new='Divergence("jsd", 1.0 - self.beta if 0 < self.beta < 1 else self.beta)',
         objective="gkd",
     ),
     "weights of another chunk's rows": Fault(
@@ -136,7 +136,7 @@ FAULTS = {
     "an estimate differentiated as a loss": Fault(
         file="losses/policy.py",
         old="return -(logp_R - behaviour.detach()).exp() * advantage_R.detach()",
-        new="return -(logp_R - behaviour).exp() * advantage_R",
+        new="return logp_R - behaviour.detach() - advantage_R.detach()",
         objective="opd",
     ),
     "clip bounds exchanged": Fault(
