@@ -86,7 +86,7 @@ class Rollout:
     version: int
     """Optimizer steps behind the weights that wrote it."""
     text: str = ""
-    """Decoded response without special tokens: for verifiers and for people."""
+    """What the verifier reads, and people: the response without special tokens, or the part of it that is judged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +97,11 @@ class Scored:
     reward: float | None
     facts: Mapping[str, float] = field(default_factory=dict)
     """Whatever else was measured on it, by metric name."""
+
+    @property
+    def right(self) -> bool:
+        """Whether the verifier called it right: a reward above 1/2. What it could not score is not right."""
+        return self.reward is not None and self.reward > 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

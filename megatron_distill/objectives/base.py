@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -146,7 +146,7 @@ class Objective(ABC):
         """Terms of some rows. All arguments speak of the same rows; collectives only over tensor-parallel ranks.
 
         Args:
-            student: logits that carry the gradient, already divided by `temperature`.
+            student: logits that carry the gradient; `losses` reads them at `temperature`.
             teachers: signals by the teacher's name.
             weights: what `prepare` planned for these rows, by term name.
         """
@@ -168,6 +168,26 @@ class Objective(ABC):
                     f"{_names(allowed)} tokens, the batch holds {_names(strangers)} tokens: change the rollout source, "
                     "or the objective's settings"
                 )
+
+    def check_logprobs(self, batch: Batch) -> None:
+        """Refuse tokens of the student without the engine's log-probs: for objectives that read them.
+
+        Raises:
+            DataError: a token that the student sampled has no log-prob.
+        """
+        for micro in batch.micro:
+            if bool((micro.rollout_logp_R.isnan() & (micro.origin_R == Origin.STUDENT)).any()):
+                raise DataError(
+                    "objective.old_logprobs=rollout: the step holds tokens of the student without the engine's "
+                    "log-probs: take them from rollout.kind=generate, or have objective.old_logprobs from the trainer"
+                )
+
+    def refuse_idle(self, because: str, *names: str) -> None:
+        """Raises ValueError if one of these fields, which nothing reads `because`, is not at its default."""
+        defaults = {one.name: one.default if one.default_factory is MISSING else {} for one in fields(self)}
+        for name in names:
+            if (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}={value}: {because} does not read it; leave it {defaults[name]}")
 
 
 def sequence_sums(micro: MicroBatch, value_R: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 
 from megatron_distill.errors import RewardError
-from megatron_distill.rewards._answers import final_answer
+from megatron_distill.rewards._answers import BOX, final_answer
 from megatron_distill.rewards.base import Verdict, Verifier
 
 
@@ -25,11 +25,15 @@ from megatron_distill.rewards.base import Verdict, Verifier
 class Math(Verifier):
     """1 when the final answer is mathematically equal to the gold answer, else 0.
 
-    The final answer stands in the last `\\boxed{}`, after a later marker, or where math-verify finds it.
+    The final answer stands in the last `\\boxed{}`, or after a later marker. A last box that never closes, as in a
+    response that was cut off, is no answer, whatever stands before it. `data.instruction` can ask for the box.
     """
 
     answer_after: str | None = None
     """The answer may also be the rest of the line after the last such marker, e.g. `####`."""
+    anywhere: bool = False
+    """Without box and marker take what math-verify finds, the last number for instance. For evaluations only: a student
+    that is rewarded for it learns to name numbers."""
     timeout_seconds: float = 5.0
     """Longest check of one answer; after it the answer counts as unscored."""
     processes: int = 2
@@ -71,9 +75,9 @@ class MathJudge:
         verdicts = [Verdict(None) for _ in pairs]
         if not asked:
             return verdicts
-        pool = self._started()
+        pool, settings = self._started(), (self._part.answer_after, self._part.anywhere)
         futures = [
-            pool.schedule(_check, args=(*pairs[index], self._part.answer_after), timeout=self._part.timeout_seconds)
+            pool.schedule(_check, args=(*pairs[index], *settings), timeout=self._part.timeout_seconds)
             for index in asked
         ]
         for index, future in zip(asked, futures, strict=True):
@@ -132,7 +136,7 @@ def _prepare(memory_gib: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _check(gold: str, text: str, answer_after: str | None) -> tuple[bool, bool] | None:
+def _check(gold: str, text: str, answer_after: str | None, anywhere: bool) -> tuple[bool, bool] | None:
     """In a worker: (right, answered); None when the gold answer is no mathematics."""
     import math_verify
 
@@ -141,8 +145,13 @@ def _check(gold: str, text: str, answer_after: str | None) -> tuple[bool, bool] 
 
     # math-verify takes all boxes together; a model that corrects itself means the last one
     final = final_answer(text, answer_after, boxed=True)
-    said = parse(text if final is None else f"\\boxed{{{final}}}")
+    if final is not None:
+        said = parse(f"\\boxed{{{final}}}")
+    else:
+        begun = BOX in text or (answer_after is not None and answer_after in text)
+        said = parse(text) if anywhere and not begun else []
     expected = parse(f"\\boxed{{{gold}}}")
     if not expected:
         return None
-    return math_verify.verify(expected, said, timeout_seconds=None, raise_on_error=True), bool(said)
+    right = bool(said) and math_verify.verify(expected, said, timeout_seconds=None, raise_on_error=True)
+    return right, bool(said)

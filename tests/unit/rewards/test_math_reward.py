@@ -25,7 +25,7 @@ def judge() -> Iterator[MathJudge]:
 def test_equal_answers_in_other_clothes(judge: MathJudge) -> None:
     pairs = [
         ("1/2", r"so \boxed{0.5}", 1.0),
-        (r"\frac{1}{2}", r"the answer is $\frac{2}{4}$", 1.0),
+        (r"\frac{1}{2}", r"the answer is $\boxed{\frac{2}{4}}$", 1.0),
         ("72", r"first \boxed{71}, no: \boxed{72}", 1.0),
         ("1234", r"\boxed{1{,}234}", 1.0),
         ("2\\sqrt{2}", r"\boxed{\sqrt{8}}", 1.0),
@@ -36,6 +36,25 @@ def test_equal_answers_in_other_clothes(judge: MathJudge) -> None:
     verdicts = judge.score([(gold, text) for gold, text, _ in pairs])
     assert [verdict.reward for verdict in verdicts] == [reward for _, _, reward in pairs]
     assert [verdict.facts["reward/answered"] for verdict in verdicts] == [1.0] * 7 + [0.0]
+
+
+def test_nothing_but_a_box_that_closes_is_an_answer(judge: MathJudge) -> None:
+    """A student would learn to end in numbers, or to be cut off in time."""
+    texts = [
+        "Maybe 7, or 9, or 12",
+        "the answer is $12$",
+        r"first \boxed{12}, no, that is wrong: \boxed{7",
+        "12 apples and then it was cut off at 12",
+    ]
+    verdicts = judge.score([("12", text) for text in texts])
+    assert [(verdict.reward, verdict.facts["reward/answered"]) for verdict in verdicts] == [(0.0, 0.0)] * 4
+
+
+def test_an_evaluation_may_look_anywhere_but_not_behind_a_box_that_was_begun() -> None:
+    lenient = Math(anywhere=True, processes=1).connect()
+    verdicts = lenient.score([("12", "the answer is 12"), ("12", r"\boxed{12}, or rather \boxed{1"), ("12", "no idea")])
+    lenient.close()
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0]
 
 
 def test_endless_answers_are_unscored_and_their_neighbours_unharmed(judge: MathJudge) -> None:
