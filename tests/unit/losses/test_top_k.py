@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_distill.losses import backend
 from megatron_distill.losses.divergence import divergence
 from megatron_distill.losses.kinds import Clip, Divergence, Name, Outside
 from megatron_distill.losses.top_k import top_k_divergence
@@ -281,3 +282,45 @@ def test_low_precision_logits_are_read_wide(outside: Outside) -> None:
     assert gradient.dtype == torch.bfloat16
     assert_close(value, expected, "value")
     assert_close(gradient, expected_gradient, "gradient", 2**-8)
+
+
+BACKENDS = [
+    pytest.param("compiled", "cpu", marks=pytest.mark.slow),
+    *(
+        pytest.param(
+            name,
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+        )
+        for name in ("compiled", "triton")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "device"), BACKENDS)
+def test_every_backend_gives_the_same(name: backend.Name, device: str) -> None:
+    """Ids of S are hidden from the regions as -inf, beside ids that are excluded or far down anyway."""
+    student, teacher = torch.randn(6, 1024) * 2, torch.randn(6, 1003) * 2
+    student[:, torch.arange(1024) % 7 == 1] -= 300.0
+    student[:, torch.arange(1024) % 11 == 3] = float("-inf")
+    student[:, 1003:] = 1e4
+    top = _top(teacher, 16, 1.3)
+    partition = VocabPartition(start=0, width=1024, valid=1003, group=None)
+
+    def run(outside: Outside, device: str) -> tuple[Tensor, Tensor]:
+        logits = student.clone().to(device).requires_grad_()
+        shard = VocabShard.of(logits, partition, 1.3, disposable=True)
+        there = TopK(logp_R=top.logp_R.to(device), ids_RK=top.ids_RK.to(device), top_logp_RK=top.top_logp_RK.to(device))
+        value = top_k_divergence(shard, there, REVERSE, outside)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        return value.detach().cpu(), gradient.cpu()
+
+    try:
+        for outside in OUTSIDES:
+            backend.use("eager")
+            expected = run(outside, "cpu")
+            backend.use(name)
+            for found, wanted, what in zip(run(outside, device), expected, ("value", "gradient"), strict=True):
+                assert_close(found, wanted, f"{outside}: {what}")
+    finally:
+        backend.use("eager")
