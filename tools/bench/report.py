@@ -42,10 +42,14 @@ def assemble(comparisons: Sequence[dict[str, Any]], counts: dict[str, Any]) -> d
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Times, memory and errors of everybody; collectives; the bars."""
-    for one in found["comparisons"]:
+def show_methods(comparisons: Sequence[dict[str, Any]], console: Console) -> None:
+    """Times, memory and errors of everybody."""
+    for one in comparisons:
         console.print(_methods(one))
+
+
+def show_bars(found: dict[str, Any], console: Console) -> None:
+    """Collectives, and every bar."""
     console.print(_collectives(found["collectives"]))
     console.print(_bars(found["bars"]))
     missed = sum(not bar["passed"] for bar in found["bars"])

@@ -331,3 +331,17 @@ def test_figures_tell_who_was_left_out_and_what_was_missed(tmp_path):
     assert "| TRL | left out: needs some 9 GiB, 4 are free |" in text
     assert "| naive | 30 (30) | 0.33 (0.33) | 5.000 | 1e-06 | 1e-06 |" in text
     assert f"| forward_kl: time / {COMPILED} | {TINY.name} | 0.9 | 0.952 | 0.952 | **missed** |" in text
+
+
+@pytest.mark.slow
+def test_a_whole_comparison_in_processes_of_its_own():
+    from tools.bench.losses import measure
+
+    (found,) = measure(Shape(rows=8, vocab=2048), rounds=2, losses=["logprob"])
+    methods = found["methods"]
+    assert methods.keys() >= {OURS, EAGER, NAIVE, COMPILED, MEGATRON}
+    assert "gradient off" in methods[MEGATRON_FUSED]["refused"]
+    for name in (OURS, NAIVE, MEGATRON):
+        assert len(methods[name]["ms"]) == 2
+        assert methods[name]["peak_bytes"] >= 0
+    assert bars.judge(Shape(**found["shape"]), "logprob", methods)
