@@ -41,13 +41,21 @@ def k3(logp_R: Tensor, teacher_logp_R: Tensor) -> Tensor:
     return ratio_R.expm1() - ratio_R
 
 
-def policy_gradient(logp_R: Tensor, advantage_R: Tensor, behaviour_logp_R: Tensor | None = None) -> Tensor:
+def policy_gradient(
+    logp_R: Tensor,
+    advantage_R: Tensor,
+    behaviour_logp_R: Tensor | None = None,
+    limit: float | None = None,
+) -> Tensor:
     """-(q(y) / mu(y)) A with A and mu constant: its gradient is -(q/mu) A grad log q(y). [R].
 
     mu is the policy that sampled y; None says that it was q itself, as it stands now: then the ratio is 1, the value
-    is -A and the gradient that of -A log q(y).
+    is -A and the gradient that of -A log q(y). Ratios above `limit` (default: e^20) count as `limit`, in value and
+    gradient alike: truncated importance sampling, which unlike a clip keeps the token.
     """
     behaviour = logp_R if behaviour_logp_R is None else behaviour_logp_R
+    largest = LARGEST_LOG_RATIO if limit is None else min(math.log(limit), LARGEST_LOG_RATIO)
+    behaviour = torch.maximum(behaviour, logp_R - largest)
     return -(logp_R - behaviour.detach()).exp() * advantage_R.detach()
 
 

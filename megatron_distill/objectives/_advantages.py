@@ -115,7 +115,8 @@ class GroupPolicy(Objective):
     """Average over all tokens of the step (DAPO), over sequences of their mean per token (GRPO), or over sequences of
     their sum over tokens divided by `max_length` (Dr.GRPO)."""
     max_length: int | None = None
-    """Longest response in tokens: rollout.sampling.max_new_tokens. For `reduction: constant` and `overlong_buffer`."""
+    """Longest response in tokens: rollout.sampling.max_new_tokens. Read by `reduction: constant` and by
+    `overlong_buffer`, without effect otherwise."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """The old policy of the ratio: the engine as it wrote, or the trainer before the update, one more forward pass."""
     kl_weight: float = 0.0
@@ -128,7 +129,8 @@ class GroupPolicy(Objective):
     overlong_buffer: int = 0
     """Tokens before `max_length` over which a response's reward falls by up to `overlong_penalty`; 0: none."""
     overlong_penalty: float = 1.0
-    """What the longest responses lose, in units of the reward. The paper's 1 belongs to rewards of -1 and 1."""
+    """What the longest responses lose, in units of the reward; without effect if `overlong_buffer` is 0. The paper's 1
+    belongs to rewards of -1 and 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

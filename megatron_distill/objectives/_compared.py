@@ -101,6 +101,11 @@ class AnyDivergence(Compared):
             raise ValueError(f"beta={self.beta}: must be between 0 (forward KL) and 1 (reverse KL)")
         if self.clip_low is not None and self.clip_high is not None and not self.clip_low < self.clip_high:
             raise ValueError(f"clip_low={self.clip_low}: must be below clip_high={self.clip_high}, or null")
+        if self.divergence != "jsd":
+            self.refuse_idle(f"divergence={self.divergence}", "beta")
+        if self.by_sampled_token:
+            bounds = (name for name in ("clip_low", "clip_high") if getattr(self, name) is not None)
+            self.refuse_idle("divergence=sampled_token", *bounds)
 
     @property
     def measure(self) -> Divergence:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_distill.errors import DataError
+from megatron_distill.losses.policy import policy_gradient
 from megatron_distill.objectives._supervision import Supervised
 from megatron_distill.objectives.base import PerMicro, Scope
 from megatron_distill.types import Batch, Metric, Origin, Responses
@@ -43,14 +43,33 @@ class Sampled(Supervised):
             DataError: `old_logprobs: rollout`, and a sampled token has no log-prob.
         """
         self.check_origins(batch)
-        if self.old_logprobs == "current":
+        if self.old_logprobs == "rollout":
+            self.check_logprobs(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Sampled):
+    """One whose policy gradient weighs every token by its importance ratio, unclipped as published."""
+
+    ratio_limit: float | None = None
+    """With `old_logprobs: rollout`, most that an importance ratio counts, 1 or more; null: e^20, where sums would
+    overflow. A token beyond it keeps its gradient, so limited (truncated importance sampling); TRL has 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio_limit is None:
             return
-        for micro in batch.micro:
-            if bool((micro.rollout_logp_R.isnan() & (micro.origin_R == Origin.STUDENT)).any()):
-                raise DataError(
-                    "objective.old_logprobs=rollout: the step holds tokens of the student without the engine's "
-                    "log-probs: take them from rollout.kind=generate, or set objective.old_logprobs=current"
-                )
+        if not self.ratio_limit >= 1:
+            raise ValueError(f"ratio_limit={self.ratio_limit}: must be 1 or more, or null")
+        if self.old_logprobs == "current":
+            raise ValueError(
+                f"ratio_limit={self.ratio_limit}: every ratio is 1 with old_logprobs=current; leave it null, or set "
+                "old_logprobs=rollout"
+            )
+
+    def pull(self, logp_R: Tensor, advantage_R: Tensor, rows: Responses) -> Tensor:
+        """-(q/q_old) A, the ratio limited: [R]."""
+        return policy_gradient(logp_R, advantage_R, self.old_logp(logp_R, rows), self.ratio_limit)
 
 
 def mean_over_tokens(name: str, values: PerMicro, counted: PerMicro, scope: Scope) -> Metric:

@@ -65,6 +65,8 @@ class Needs:
     """Whether `prepare` reads `TokenStats.teacher_logp`, of every teacher."""
     origins: frozenset[Origin] = frozenset(Origin)
     """Whose tokens it can learn from."""
+    holds: frozenset[Origin] = frozenset()
+    """Whose tokens it looks for: with rollouts that never hold them it would be another objective, or none."""
     unfiltered_samples: bool = False
     """Whether its mean over tokens stands for one over the student's own distribution, at the loss's temperature: then
     sampling may not leave any token out."""

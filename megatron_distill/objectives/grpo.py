@@ -43,6 +43,8 @@ class GRPO(GroupPolicy):
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
         self.check_origins(batch)
+        if self.old_logprobs == "rollout":
+            self.check_logprobs(batch)
         assert stats.student_logp is not None
         everybody = tuple(torch.ones_like(micro.reward_S, dtype=torch.bool) for micro in batch.micro)
         compared = self.compare(batch, scope, everybody)

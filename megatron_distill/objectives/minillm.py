@@ -48,7 +48,8 @@ class MiniLLM(Sampled):
     clip_ratio: float = 0.2
     """The importance ratio is clipped to 1 -/+ this; it matters with `old_logprobs: rollout` only."""
     single_step: bool = True
-    """Whether to add the exact reverse KL; without it, set `own_reward`, and a teacher need give but log-probs."""
+    """Whether to add the exact reverse KL; without it a teacher need give but log-probs. Set `own_reward` then: else a
+    token learns from later rewards only, and nothing from its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,16 +16,16 @@ from typing import Literal
 from torch import Tensor
 
 from megatron_distill.losses.kinds import Divergence
-from megatron_distill.losses.policy import k1, policy_gradient
+from megatron_distill.losses.policy import k1
 from megatron_distill.losses.signal import teacher_logprob
 from megatron_distill.losses.vocab import logprob
-from megatron_distill.objectives._sampled import Sampled
+from megatron_distill.objectives._sampled import Weighted
 from megatron_distill.objectives.base import Needs, Scope, State
 from megatron_distill.types import Batch, Fidelity, Origin, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
 
 
 @dataclass(frozen=True, kw_only=True)
-class OPD(Sampled):
+class OPD(Weighted):
     """KL(student || teacher) per token, by the sampled token's policy gradient or over the vocabulary."""
 
     divergence: Literal["sampled_token", "reverse_kl"] = "sampled_token"
@@ -72,5 +72,5 @@ class OPD(Sampled):
                 teachers, weights, lambda signal: teacher_logprob(signal, rows.target_R, self.temperature)
             )
             # The value is the k1 estimate of the divergence; the gradient is that of -A log q(y).
-            value_R = policy_gradient(logp_R, -k1(old_logp_R, teacher_logp_R), old_logp_R)
+            value_R = self.pull(logp_R, -k1(old_logp_R, teacher_logp_R), rows)
         return {"reverse_kl": Term(value_R=value_R, weight_R=weights["reverse_kl"])}

@@ -42,7 +42,8 @@ class ReNIO(AnyDivergence):
     divide by a running mean of steps' means (0.1 of the new, 0.9 of the old); or leave them alone."""
     mean_over: Literal["step", "micro_batch"] = "step"
     """Whose mean: that of all responses of the step, or of the responses that share a micro-batch. The latter is the
-    released code's and depends on how a step is cut; with one response in each it makes all weights 1."""
+    released code's and depends on how a step is cut; with one response in each it makes all weights 1. Without effect
+    if `normalise` is `none`."""
     largest: float = 10.0
     """Bound of weights with `normalise: mean`. Their mean is then below 1."""
     clip_low: float | None = 0.0
@@ -60,6 +61,8 @@ class ReNIO(AnyDivergence):
         for name in ("weight_temperature", "largest"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        if self.normalise != "mean":
+            self.refuse_idle(f"normalise={self.normalise}", "largest")
         if self.normalise == "running_mean" and self.mean_over == "micro_batch":
             raise ValueError("mean_over=micro_batch: a running mean is one of steps: set mean_over=step")
 

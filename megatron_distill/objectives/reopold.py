@@ -20,9 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_distill.losses.policy import policy_gradient
 from megatron_distill.losses.vocab import logprob
-from megatron_distill.objectives._sampled import Sampled, mean_over_tokens
+from megatron_distill.objectives._sampled import Weighted, mean_over_tokens
 from megatron_distill.objectives.base import Needs, PerMicro, Scope, State, reduction_weights
 from megatron_distill.types import (
     Batch,
@@ -39,7 +38,7 @@ from megatron_distill.types import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class REOPOLD(Sampled):
+class REOPOLD(Weighted):
     """Sampled reverse KL with a floor under the reward, over chosen tokens."""
 
     mixture: float = 0.1
@@ -118,7 +117,7 @@ class REOPOLD(Sampled):
         weights: Mapping[str, Tensor],
     ) -> dict[str, Term]:
         logp_R = logprob(student, rows.target_R)
-        value_R = policy_gradient(logp_R, weights["reward"], self.old_logp(logp_R, rows))
+        value_R = self.pull(logp_R, weights["reward"], rows)
         return {"reverse_kl": Term(value_R=value_R, weight_R=weights["reverse_kl"])}
 
 

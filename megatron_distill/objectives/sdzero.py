@@ -31,7 +31,7 @@ from megatron_distill.losses.vocab import logprob
 from megatron_distill.objectives._supervision import Supervised
 from megatron_distill.objectives._trajectories import after_constructed, before_constructed, constructed, ended
 from megatron_distill.objectives.base import Needs, Scope, State, reduction_weights
-from megatron_distill.types import Batch, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
+from megatron_distill.types import Batch, Origin, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +64,29 @@ class SDZero(Supervised):
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not self.generation_weight + self.revision_weight:
             raise ValueError("generation_weight=0, revision_weight=0: one of them must be above 0")
+        if self.phase == "revision":
+            comparing = ("support", "top_k", "outside", "teacher_weights", "teacher_sources")
+            self.refuse_idle("phase=revision", "divergence", "forward_weight", "mask_truncated", *comparing)
+        else:
+            self.refuse_idle("phase=distillation", "generation_weight", "revision_weight", "init_weight")
+        if self.divergence != "mixed_kl":
+            self.refuse_idle(f"divergence={self.divergence}", "forward_weight")
 
     @property
     def needs(self) -> Needs:
         if self.phase == "revision":
-            return Needs()
-        return Needs(teacher=self.fidelity, teacher_names=self.named_teachers, reward=True)
+            return Needs(holds=frozenset({Origin.STUDENT, Origin.CONSTRUCTED}))
+        return Needs(
+            teacher=self.fidelity,
+            teacher_names=self.named_teachers,
+            reward=True,
+            origins=frozenset({Origin.STUDENT}),
+        )
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
         if self.phase == "revision":
             return self._revision_plan(batch, scope), state
+        self.check_origins(batch)
         mask = tuple(ended(micro)[micro.segment_R] for micro in batch.micro) if self.mask_truncated else None
         return self.supervised_plan(self.divergence, batch, scope, mask), state
 

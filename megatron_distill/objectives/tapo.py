@@ -72,11 +72,14 @@ class TAPO(GroupPolicy):
             student_logprobs="recompute",
             entropy=True,
             origins=frozenset({Origin.STUDENT, Origin.CONSTRUCTED}),
+            holds=frozenset({Origin.CONSTRUCTED}),
             unfiltered_samples=True,
         )
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
         self.check_origins(batch)
+        if self.old_logprobs == "rollout":
+            self.check_logprobs(batch)
         assert stats.student_logp is not None
         assert stats.entropy is not None
         built = tuple(constructed(micro) for micro in batch.micro)

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from megatron_distill.losses.kinds import Divergence, Outside
-from megatron_distill.losses.policy import policy_gradient
 from megatron_distill.losses.vocab import logprob
-from megatron_distill.objectives._sampled import Sampled, mean_over_tokens
+from megatron_distill.objectives._sampled import Weighted, mean_over_tokens
 from megatron_distill.objectives.base import Needs, Scope, State, reduction_weights
 from megatron_distill.types import (
     Batch,
@@ -42,7 +41,7 @@ from megatron_distill.types import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrOPD(Sampled):
+class TrOPD(Weighted):
     """Policy gradient on trusted tokens, forward KL on outliers, cross entropy on the teacher's own."""
 
     support: Literal["full", "top_k"] = "top_k"
@@ -60,6 +59,8 @@ class TrOPD(Sampled):
         super().__post_init__()
         if self.clip_floor > 0:
             raise ValueError(f"clip_floor={self.clip_floor}: must be 0 or below, an outlier's advantage is negative")
+        if self.outlier != "clip":
+            self.refuse_idle(f"outlier={self.outlier}", "clip_floor")
         if self.guidance < 0:
             raise ValueError(f"guidance={self.guidance}: must be 0 or above")
 
@@ -123,13 +124,12 @@ class TrOPD(Sampled):
         weights: Mapping[str, Tensor],
     ) -> dict[str, Term]:
         logp_R, advantage_R = logprob(student, rows.target_R), weights["advantage"]
-        old_logp_R = self.old_logp(logp_R, rows)
-        values = {"trust": policy_gradient(logp_R, advantage_R, old_logp_R), "guidance": -logp_R}
+        values = {"trust": self.pull(logp_R, advantage_R, rows), "guidance": -logp_R}
         if self.outlier == "forward_kl":
             kind = Divergence("forward_kl")
             values["outlier"] = self.blend(teachers, weights, lambda signal: self.compare(student, signal, kind))
         elif self.outlier == "clip":
-            values["outlier"] = policy_gradient(logp_R, advantage_R.clamp(min=self.clip_floor), old_logp_R)
+            values["outlier"] = self.pull(logp_R, advantage_R.clamp(min=self.clip_floor), rows)
         return {name: Term(value_R=value_R, weight_R=weights[name]) for name, value_R in values.items()}
 
 

@@ -87,6 +87,17 @@ def test_another_behaviour_policy_scales_by_the_importance_ratio() -> None:
     assert logp.grad.item() == pytest.approx(value.item())
 
 
+def test_large_importance_ratios_are_truncated_and_keep_their_token() -> None:
+    """A token 300 nats likelier than it was sampled with counts as one of the limit; the others as before."""
+    logp = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    mu, advantage = torch.tensor([-1.2, -2.0, -301.0]), torch.tensor([2.0, -3.0, 1.0])
+    for limit, ratios in ((2.0, [0.2, math.log(2), math.log(2)]), (None, [0.2, 1.0, 20.0])):
+        value = policy_gradient(logp, advantage, mu, limit)
+        expected = -torch.tensor(ratios).exp() * advantage
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(value.sum(), logp)[0], expected, rtol=1e-5, atol=0)
+
+
 RATIOS = [1e-3, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 2.9, 3.1, 20.0]
 
 

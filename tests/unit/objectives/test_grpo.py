@@ -190,6 +190,13 @@ def test_constants_of_the_plan_carry_no_gradient() -> None:
     assert not any(one.requires_grad for values in plan.weights.values() for one in values)
 
 
+def test_rollouts_without_the_engines_log_probs_are_refused_where_they_are_read() -> None:
+    rollouts = group("a", [1, 0], ratio=None)
+    with pytest.raises(DataError, match="old_logprobs=rollout: the step holds tokens of the student without"):
+        run(GRPO(), rollouts)
+    assert math.isfinite(run(GRPO(old_logprobs="recompute"), rollouts).loss)
+
+
 def test_rollouts_without_a_reward_are_refused() -> None:
     responses = [*group("a", [1, 0]), trajectory("a", 2, None, 2)]
     with pytest.raises(DataError, match="has no reward"):

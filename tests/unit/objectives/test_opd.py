@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +44,20 @@ def test_with_the_samplers_log_probs_the_advantage_is_the_samplers_too() -> None
     found = every_token(OPD(old_logprobs="rollout"), OLD)
     torch.testing.assert_close(found, _gradient(between), rtol=1e-6, atol=1e-7)
     assert (every_token(OPD(), OLD) - _gradient(between)).abs().max() > 0.05, "the ratio made no difference"
+
+
+def test_a_limit_of_the_importance_ratio_is_felt_beyond_it_only() -> None:
+    batch = packed([(1,)], logprobs=[(-5.0,)])
+    logp = float(STUDENT.log_softmax(-1)[1])
+    free = run(OPD(old_logprobs="rollout"), batch, STUDENT[None], TEACHER[None])
+    for limit, share in ((2.0, 2.0 / math.exp(logp + 5.0)), (100.0, 1.0)):
+        held = run(OPD(old_logprobs="rollout", ratio_limit=limit), batch, STUDENT[None], TEACHER[None])
+        assert held.loss == pytest.approx(share * free.loss)
+        torch.testing.assert_close(held.gradient_RV, share * free.gradient_RV)
+    with pytest.raises(ValueError, match=r"ratio_limit=2\.0: every ratio is 1 with old_logprobs=current"):
+        OPD(ratio_limit=2.0)
+    with pytest.raises(ValueError, match=r"ratio_limit=0\.5: must be 1 or more"):
+        OPD(old_logprobs="rollout", ratio_limit=0.5)
 
 
 def test_a_token_of_the_golden_vector() -> None:

@@ -100,7 +100,7 @@ def test_loss_and_gradient_do_not_depend_on_micro_batches(reduction: Any) -> Non
 
 def test_the_sampled_token_is_on_policy_distillation_without_clip() -> None:
     held = answers(3, 5)
-    found = run(OPSD(divergence="sampled_token", temperature=1.1, clip_high=1e-9), held)
+    found = run(OPSD(divergence="sampled_token", temperature=1.1), held)
     like = run(OPD(reduction="sequence_mean", temperature=1.1), held)
     assert found.loss == pytest.approx(like.loss)
     for ours, theirs in zip(found.gradients, like.gradients, strict=True):
@@ -122,6 +122,8 @@ def test_the_sampled_token_has_to_be_the_students() -> None:
     [
         ({"clip_low": 0.05}, "clip_low=0.05: must be below clip_high=0.05"),
         ({"beta": -0.1}, "beta=-0.1: must be between 0"),
+        ({"beta": 0.1}, "beta=0.1: divergence=forward_kl does not read it; leave it 0.5"),
+        ({"divergence": "sampled_token", "clip_high": 1.0}, "clip_high=1.0: divergence=sampled_token does not read it"),
         (
             {"divergence": "sampled_token", "support": "top_k"},
             "support=top_k: the sampled token compares",
@@ -131,3 +133,7 @@ def test_the_sampled_token_has_to_be_the_students() -> None:
 def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OPSD(**fields)
+
+
+def test_no_bound_at_all_may_be_said_of_the_sampled_token() -> None:
+    assert OPSD(divergence="sampled_token", clip_high=None).needs == OPSD(divergence="sampled_token").needs

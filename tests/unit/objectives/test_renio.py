@@ -194,6 +194,12 @@ def test_ratios_are_taken_at_the_losss_temperature() -> None:
     assert run(ReNIO(temperature=1.1), held).loss == pytest.approx(run(ReNIO(), cooler).loss)
 
 
+@pytest.mark.parametrize("normalise", ["clamped_mean", "running_mean", "none"])
+def test_a_bound_that_no_weight_is_put_under_is_refused(normalise: Any) -> None:
+    with pytest.raises(ValueError, match=f"largest=5.0: normalise={normalise} does not read it; leave it 10.0"):
+        ReNIO(normalise=normalise, largest=5.0)
+
+
 def test_what_is_logged() -> None:
     plan, _ = _plan(ReNIO(), SURER, budget=14)
     metrics = {metric.name: metric.value for metric in plan.metrics}

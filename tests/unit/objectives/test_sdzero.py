@@ -169,6 +169,10 @@ def test_needs_follow_from_the_phase_and_the_support() -> None:
         ({"init_weight": -1.0}, "init_weight=-1.0: must be 0 or more"),
         ({"generation_weight": 0.0, "revision_weight": 0.0}, "one of them must be above 0"),
         ({"top_k": 0}, "top_k=0"),
+        ({"forward_weight": 0.2}, "forward_weight=0.2: divergence=reverse_kl does not read it"),
+        ({"init_weight": 0.5}, "init_weight=0.5: phase=distillation does not read it"),
+        ({"phase": "revision", "top_k": 8}, "top_k=8: phase=revision does not read it"),
+        ({"phase": "revision", "teacher_weights": {"self": 1.0}}, "phase=revision does not read it"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:

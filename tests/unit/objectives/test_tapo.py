@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -156,6 +157,13 @@ def test_log_probs_of_repairs_are_never_the_engines() -> None:
     assert all(torch.isnan(one.rollout_logp_R).any() for one in found.batch.micro)
     assert found.pulls["a/ref", 3] == pytest.approx([-1.5 / 15] * 3, abs=1e-6)
     assert found.pulls["a", 7] == pytest.approx([-0.5400606 * 1.1 / 21] * 3, rel=1e-5)
+
+
+def test_rollouts_without_the_engines_log_probs_are_refused_where_they_are_read() -> None:
+    bare = group("a", [1, 0], ratio=None)
+    with pytest.raises(DataError, match="old_logprobs=rollout: the step holds tokens of the student without"):
+        run(TAPO(old_logprobs="rollout"), [*bare, *REPAIRS])
+    assert math.isfinite(run(TAPO(), [*bare, *REPAIRS]).loss)
 
 
 def test_the_copied_error_is_learned_unless_it_is_masked() -> None:

@@ -224,6 +224,8 @@ def test_needs_and_settings() -> None:
     assert TrOPD().needs.student_logprobs == "recompute"
     with pytest.raises(ValueError, match=r"clip_floor=0\.5: must be 0 or below"):
         TrOPD(clip_floor=0.5)
+    with pytest.raises(ValueError, match=r"clip_floor=-0\.5: outlier=forward_kl does not read it"):
+        TrOPD(clip_floor=-0.5)
     with pytest.raises(ValueError, match=r"guidance=-1\.0: must be 0 or above"):
         TrOPD(guidance=-1.0)
 
