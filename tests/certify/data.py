@@ -72,8 +72,10 @@ PLANS: Mapping[str, list[_Plan]] = {
     ],
     "constructed_groups": [
         *_group("a", 3, (5, 9, 2, 7), (1, 0, 0, 1)),
-        *_group("a/ref", 3, (6, 3, 8), (1, 1, 0), origin="c"),
-        *_group("b", 1, (4, 1, 6, 3), (0, 1, 0, 0)),
+        *_group("a/ref", 3, (6, 3), (1, 1), origin="c"),
+        *_group("a/ref", 3, (8,), (0,), origin="c", stop=Stop.LENGTH),
+        *_group("b", 1, (4, 1, 6), (0, 1, 0)),
+        *_group("b", 1, (3,), (0,), stop=Stop.LENGTH),
         *_group("b/ref", 1, (5, 2), (1, 1), origin="c"),
         *_group("c", 4, (2, 5, 3, 4), (0, 0, 1, 0)),
         *_group("c/ref", 4, (7,), (1,), origin="c"),

@@ -13,6 +13,7 @@ FIELDS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.3, "reduction": "sequence_mean"},
     {"old_logprobs": "rollout", "reduction": "sequence_sum"},
+    {"old_logprobs": "rollout", "ratio_limit": 1.02, "temperature": 1.3},
     {"divergence": "reverse_kl"},
     {"divergence": "reverse_kl", "temperature": 1.3, "reduction": "sequence_mean"},
     {"divergence": "reverse_kl", "support": "top_k", "top_k": 5},
@@ -42,6 +43,14 @@ def sampled_logprobs(step: dense.Step, fields: Mapping[str, Any]) -> tuple[Tenso
     return log_q, old, log_p
 
 
+def ratio(log_q: Tensor, old: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """q/q_old; with a limit at most that, and then a constant factor of the gradient of log q."""
+    if fields["ratio_limit"] is None:
+        return (log_q - old).exp()
+    limited = (log_q - old).detach().exp().clamp(max=fields["ratio_limit"])
+    return limited * (1 + log_q - log_q.detach())
+
+
 def compared(step: dense.Step, fields: Mapping[str, Any], name: str) -> Tensor:
     """A divergence from the teachers, averaged: [R]."""
 
@@ -66,5 +75,5 @@ def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
         value_R = compared(step, fields, "reverse_kl")
     else:
         log_q, old, log_p = sampled_logprobs(step, fields)
-        value_R = -(log_q - old).exp() * (log_p - old)
+        value_R = -ratio(log_q, old, fields) * (log_p - old)
     return step.mean(value_R, fields["reduction"])

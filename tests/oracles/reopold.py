@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from tests.oracles import dense
-from tests.oracles.opd import sampled_logprobs
+from tests.oracles.opd import ratio, sampled_logprobs
 
 FIELDS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.3, "reduction": "sequence_mean"},
     {"mixture": 0.3, "floor_form": "odds", "switch_step": None},
     {"mixture": 0.3, "reduction": "sequence_sum", "old_logprobs": "rollout"},
+    {"mixture": 0.3, "old_logprobs": "rollout", "ratio_limit": 1.02},
     {"switch_step": 7},
     {"switch_step": 0, "entropy_share": 0.5, "temperature": 1.3, "reduction": "sequence_mean"},
     {"switch_step": 8, "mixture": 0.2},
@@ -42,5 +43,5 @@ def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
         kept = max(1, round(fields["entropy_share"] * len(entropy)))
         mask_R = torch.zeros_like(entropy, dtype=torch.bool)
         mask_R[entropy.argsort(descending=True)[:kept]] = True
-    value_R = -(log_q - old).exp() * torch.where(reward > floor, reward, floor)
+    value_R = -ratio(log_q, old, fields) * torch.where(reward > floor, reward, floor)
     return step.mean(value_R, fields["reduction"], mask_R)

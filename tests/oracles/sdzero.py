@@ -18,6 +18,7 @@ FIELDS: list[dict[str, Any]] = [
     {"divergence": "forward_kl", "support": "full", "reduction": "sequence_sum", "temperature": 0.8},
     {"divergence": "mixed_kl", "forward_weight": 0.2, "top_k": 5, "outside": "truncate"},
     {"divergence": "mixed_kl", "forward_weight": 0.9, "support": "full", "teacher_weights": {"big": 1.0, "small": 2.0}},
+    {"top_k": 5, "teacher_sources": {"math": "big", "code": "small"}},
     {"phase": "revision"},
     {"phase": "revision", "reduction": "sequence_sum", "temperature": 1.3},
     {"phase": "revision", "reduction": "sequence_mean"},
@@ -61,7 +62,7 @@ def distillation(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
             values[teacher] = dense.top_k_divergence(
                 step.student_RV, teacher_RV, warmth, fields["top_k"], name, parameter, fields["outside"]
             )
-    value_R = step.teacher_average(values, fields["teacher_weights"])
+    value_R = step.teacher_average(values, fields["teacher_weights"], fields["teacher_sources"])
     keep_S = step.stopped_S if fields["mask_truncated"] else torch.ones_like(step.stopped_S)
     keep_R = keep_S[step.sequence_R].double()
     if fields["reduction"] == "sequence_sum":

@@ -18,6 +18,9 @@ FIELDS: list[dict[str, Any]] = [
     {"reduction": "sequence_mean", "normalise": "joint", "temperature": 0.7, "divide_by_std": False},
     {"reduction": "constant", "max_length": 9, "lone_reference": "reward", "drop_uniform_groups": True},
     {"lowest_weight": 0.5, "highest_weight": 1.5, "baseline": "leave_one_out", "drop_uniform_groups": True},
+    {"mask_truncated": True, "normalise": "joint", "reference_scope": "batch"},
+    {"overlong_buffer": 4, "overlong_penalty": 0.5, "max_length": 8, "lone_reference": "reward"},
+    {"old_logprobs": "rollout", "clip_low": 0.02, "dual_clip": 1.05, "mask_truncated": True},
 ]
 TEACHERS = (("reference",),)
 DATA = "constructed_groups"
@@ -41,14 +44,17 @@ def values(step: dense.Step, fields: Mapping[str, Any]) -> tuple[Tensor, Tensor,
     group_S = step.group_S.clone()
     if fields["reference_scope"] == "batch":
         group_S[built_S] = int(group_S.max()) + 1
-    advantage_S = grpo.advantages(step.reward_S, group_S, fields)
+    shaped_S = step.reward_S - grpo.penalties(step, fields)
+    advantage_S = grpo.advantages(shaped_S, group_S, fields)
     keep_S = torch.ones_like(step.reward_S)
     for sequence in step.sequences:
         rewards = step.reward_S[group_S == group_S[sequence]]
         alone = len(rewards) == 1 and bool(built_S[sequence]) and fields["lone_reference"] == "reward"
         if alone:
-            advantage_S[sequence] = step.reward_S[sequence]
+            advantage_S[sequence] = shaped_S[sequence]
         elif fields["drop_uniform_groups"] and bool((rewards == rewards[0]).all()):
+            keep_S[sequence] = 0
+        if fields["mask_truncated"] and not step.stopped_S[sequence]:
             keep_S[sequence] = 0
     before_R = dense.logprob(step.student_RV, step.target_R, fields["temperature"]).detach()
     weight_R = (before_R + dense.entropy(step.student_RV, fields["temperature"]).detach()).exp()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles import dense
-from tests.oracles.opd import compared, sampled_logprobs
+from tests.oracles.opd import compared, ratio, sampled_logprobs
 
 FIELDS: list[dict[str, Any]] = [
     {},
@@ -26,6 +26,7 @@ FIELDS: list[dict[str, Any]] = [
     {"guidance": 0.3, "outlier": "mask"},
     {"guidance": 0.3, "outlier": "clip", "temperature": 1.3},
     {"guidance": 0.3, "outlier": "clip", "clip_floor": -0.3, "old_logprobs": "rollout"},
+    {"guidance": 0.3, "outlier": "clip", "old_logprobs": "rollout", "ratio_limit": 1.02},
     {"guidance": 0.3, "top_k": 5, "old_logprobs": "rollout"},
     {"guidance": 0.3, "top_k": 5, "teacher_weights": {"big": 1.0, "small": 3.0}},
     {"guidance": 0.3, "top_k": 5, "teacher_sources": {"math": "big", "code": "small"}},
@@ -36,13 +37,13 @@ DATA = "mixed_origins"
 
 def oracle(step: dense.Step, fields: Mapping[str, Any]) -> Tensor:
     log_q, old, log_p = sampled_logprobs(step, fields)
-    advantage, ratio = log_p - old, (log_q - old).exp()
+    advantage, weight = log_p - old, ratio(log_q, old, fields)
     sampled = step.origin_R == dense.STUDENT
     trusted = sampled & (step.uniform_R("trust") < torch.minimum(log_p.exp() / old.exp(), torch.ones_like(old)))
     outlier = torch.zeros_like(log_q)
     if fields["outlier"] == "clip":
-        outlier = -ratio * advantage.clamp(min=fields["clip_floor"])
+        outlier = -weight * advantage.clamp(min=fields["clip_floor"])
     elif fields["outlier"] == "forward_kl":
         outlier = compared(step, fields, "forward_kl")
-    value_R = torch.where(sampled, torch.where(trusted, -ratio * advantage, outlier), -fields["guidance"] * log_q)
+    value_R = torch.where(sampled, torch.where(trusted, -weight * advantage, outlier), -fields["guidance"] * log_q)
     return step.mean(value_R, fields["reduction"])
