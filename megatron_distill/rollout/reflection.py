@@ -38,8 +38,17 @@ who sees it while working, and from there goes on to the right final answer. It 
 nothing in it may mention that an attempt or a solution was given."""
 """Our own words: the paper's are not published."""
 
-LEAKS = ("reference solution", "right solution", "correct solution", "given solution", "wrong attempt", "the student")
-"""A reconstruction with one of these tells of texts that a reader of the problem does not have."""
+LEAKS = (
+    "reference solution",
+    "correct solution provided",
+    "right solution provided",
+    "provided solution",
+    "the wrong attempt",
+    "the student",
+    "<analysis",
+)
+"""What is new in a reconstruction and says one of these, as whole words, tells of texts that a reader of the problem
+does not have. Narrow on purpose: "so the correct solution is 8" tells of none."""
 
 PERIODS, REPEATS = (10, 1500), 3
 """A text that ends in the same 10 to 1500 characters three times over has run into a loop."""
@@ -60,7 +69,8 @@ class Checks:
     new_tokens: int = 16
     """Least tokens after that."""
     refuse_leaks: bool = True
-    """Drop it if it speaks of the texts it was made from."""
+    """Drop it if what follows the copied part speaks of the texts it was made from, in words that the attempt itself
+    does not use (a problem may be about a student)."""
     refuse_loops: bool = True
     """Drop it if it ends in a loop."""
 
@@ -87,13 +97,16 @@ def reconstruct(
     text = _between("reconstruction", reply)
     if text is None or _between("analysis", reply) is None:
         return "unparsed"
-    if checks.refuse_leaks and any(leak in text.lower() for leak in (*LEAKS, "<analysis")):
+    written = attempt[:-1] if attempt[-1] == end_of_sequence(tokenizer) else attempt
+    wrong = tokenizer.decode(written, skip_special_tokens=True)
+    # the space within the tags is theirs, and took that of the attempt's beginning with it
+    text = wrong[: len(wrong) - len(wrong.lstrip())] + text
+    copied = copied_tokens(tokenizer, text, written)
+    rest = text[len(tokenizer.decode(attempt[:copied], skip_special_tokens=True)) :]
+    if checks.refuse_leaks and leaks(rest, wrong):
         return "leaks"
     if checks.refuse_loops and loops(text):
         return "loops"
-    written = attempt[:-1] if attempt[-1] == end_of_sequence(tokenizer) else attempt
-    copied = copied_tokens(tokenizer, text, written)
-    rest = text[len(tokenizer.decode(attempt[:copied], skip_special_tokens=True)) :]
     new = tuple(tokenizer(rest, add_special_tokens=False, verbose=False)["input_ids"])
     if copied < max(checks.copied_tokens, checks.copied_fraction * len(attempt)):
         return "not_copied"
@@ -117,6 +130,15 @@ def copied_tokens(tokenizer: PreTrainedTokenizerBase, text: str, attempt: tuple[
     while fits and not text.startswith(tokenizer.decode(attempt[:fits], skip_special_tokens=True)):
         fits -= 1  # ids that end within a character spell something else until the next one comes
     return fits
+
+
+def leaks(new: str, attempt: str) -> bool:
+    """Whether `new` speaks of what only the one who rebuilds the attempt was shown."""
+    return any(_says(new, leak) and not _says(attempt, leak) for leak in LEAKS)
+
+
+def _says(text: str, words: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def loops(text: str) -> bool:

@@ -40,6 +40,41 @@ def test_the_copied_part_keeps_the_ids_it_was_sampled_with(tokenizer) -> None:
     assert tokenizer.decode(made.tokens, skip_special_tokens=True) == REPAIR == made.text
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "\n\n  "])
+def test_the_space_that_an_attempt_begins_with_is_part_of_the_copy(tokenizer, space: str) -> None:
+    attempt = (*ids(tokenizer, space + ATTEMPT), tokenizer.eos_token_id)
+    for text in (REPAIR, space + REPAIR):
+        made = reconstruct(tokenizer, reply(text), attempt, 200, CHECKS)
+        assert isinstance(made, Reconstruction), made
+        assert made.tokens[: made.copied] == attempt[: made.copied]
+        assert len(tokenizer.decode(made.tokens[: made.copied])) >= len(space + BEGINNING)
+        assert tokenizer.decode(made.tokens, skip_special_tokens=True) == made.text == space + REPAIR
+
+
+STUDENTS = "Each of the students has 2 pens, and the student at the door 3. That makes 5 pens. The answer is 5."
+
+
+@pytest.mark.parametrize(
+    ("attempt", "text", "leaking"),
+    [
+        (STUDENTS, STUDENTS[:63] + " Wait, there are two students. The student at the door has 3. It is 7.", False),
+        (
+            ATTEMPT,
+            BEGINNING + " Wait, it is 4. Let the students add: 4. So the correct solution is x = 8.",
+            False,
+        ),
+        (ATTEMPT, BEGINNING + " Wait, here the student errs: it is 4. Twice 4 is 8. The answer is 8.", True),
+        (ATTEMPT, BEGINNING + " Wait, by The Correct Solution Provided it is 4. The answer is 8.", True),
+        (ATTEMPT, BEGINNING + " Wait, the reference solution says 4. The answer is 8.", True),
+        (ATTEMPT, BEGINNING + " Wait, <analysis it is 4. The answer is 8.", True),
+        (f"The student says so. {ATTEMPT}", f"The student says so. {REPAIR}", False),
+    ],
+)
+def test_only_new_words_leak_and_only_those_of_the_request(tokenizer, attempt: str, text: str, leaking: bool) -> None:
+    made = reconstruct(tokenizer, reply(text), ids(tokenizer, attempt), 200, CHECKS)
+    assert (made == "leaks") if leaking else isinstance(made, Reconstruction), made
+
+
 def test_copying_ends_where_the_texts_part_and_never_within_a_character(tokenizer) -> None:
     attempt = ids(tokenizer, "Größe €5")
     assert copied_tokens(tokenizer, "Größe €5", attempt) == len(attempt)
