@@ -83,6 +83,8 @@ class Prompts:
     skipped: int
     """Prompts left out for their length."""
     shuffle: bool
+    thinking: bool | None = None
+    """The switch that they were rendered with; what is made of them later may follow it."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -117,7 +119,7 @@ def load_prompts(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Pr
     if not kept:
         left_out = f"; all {len(too_long)} are over data.max_prompt_tokens" if too_long else ""
         raise DataError(f"{section.prompts}: no prompts{left_out}")
-    return Prompts(items=tuple(kept), skipped=len(too_long), shuffle=section.shuffle)
+    return Prompts(items=tuple(kept), skipped=len(too_long), shuffle=section.shuffle, thinking=section.thinking)
 
 
 def _prompt(row: Row, index: int, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -37,7 +37,7 @@ class Reflect(Writing):
     instruction: str = INSTRUCTION
     """What the student is asked, with places for {problem}, {wrong} and {right}."""
     thinking: bool | None = None
-    """Value of `enable_thinking` for the chat template of that request; null leaves it to the template."""
+    """Value of `enable_thinking` for the chat template of that request; null: that of `data.thinking`."""
     checks: Checks = field(default_factory=Checks)
     """What a repair must pass."""
 
@@ -163,9 +163,8 @@ class Reflecting(Writer):
         texts = {"problem": last["content"], "wrong": repair.wrong.rollout.text, "right": repair.right.rollout.text}
         # in one pass: a response may itself hold the name of a place
         asked = re.sub(r"\{(problem|wrong|right)\}", lambda place: texts[place[1]], self._part.instruction)
-        return render(
-            self._tools.tokenizer, [*before, {"role": "user", "content": asked}], thinking=self._part.thinking
-        )
+        thinking = self._run.prompts.thinking if self._part.thinking is None else self._part.thinking
+        return render(self._tools.tokenizer, [*before, {"role": "user", "content": asked}], thinking=thinking)
 
 
 def _told(one: Scored, outcomes: Mapping[tuple[str, int], str]) -> Scored:

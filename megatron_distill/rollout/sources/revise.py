@@ -2,7 +2,7 @@
 
 A trace is one response: first answer (without its end of sequence), control phrase, revised answer. Only traces whose
 revised answer is right are kept; the verdict is on the revised text alone, and a first answer that was cut off is
-never revised, for its error is its length.
+never revised, for its error is its length. Answers that end in a loop, and copies of a trace, are left out likewise.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from megatron_distill.data.phrases import Phrases
 from megatron_distill.errors import DataError
+from megatron_distill.rollout.reflection import loops
 from megatron_distill.rollout.sample import Start, Wanted, sample
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
@@ -29,6 +30,11 @@ class Revise(Writing):
     """Let it rephrase right answers too; the released code corrects wrong ones only."""
     most_per_prompt: int | None = None
     """Keep at most so many traces of one prompt; null keeps all."""
+    refuse_loops: bool = True
+    """Do not revise a first answer that ends in the same piece three times over, nor keep such a revision. The released
+    code cuts the repetitions off instead, so that the text ends where the student did not end it."""
+    refuse_copies: bool = True
+    """Keep a trace once per step where the student wrote the same answer and the same revision to a prompt again."""
     most_rounds: int = 10
     """How often a step may ask for further prompts while no trace at all was kept, before the run stops."""
 
@@ -90,16 +96,28 @@ class Revising(Writer):
         )
         revised = sample(self._tools, [wanted for one in first for wanted in self._revisions(step, one)])
         kept: dict[str, list[Scored]] = {}
+        seen: set[tuple[str, str]] = set()
         for one in revised:
             members = kept.setdefault(one.rollout.group, [])
-            if one.reward == 1 and one.rollout.stop is Stop.EOS and len(members) != self._part.most_per_prompt:
+            if len(members) == self._part.most_per_prompt or not self._usable(one):
+                continue
+            text = one.rollout.prompt.id, self._run.tokenizer.decode(one.rollout.tokens, skip_special_tokens=True)
+            if not self._part.refuse_copies or text not in seen:
+                seen.add(text)
                 members.append(one)
         return [one for members in kept.values() for one in members]
+
+    def _usable(self, revised: Scored) -> bool:
+        """Right, whole, and not a loop."""
+        whole = revised.rollout.stop is Stop.EOS
+        return revised.reward == 1 and whole and not (self._part.refuse_loops and loops(revised.rollout.text))
 
     def _revisions(self, step: int, first: Scored) -> list[Wanted]:
         rollout, part = first.rollout, self._part
         right = first.reward == 1
         if first.reward is None or rollout.stop is not Stop.EOS or (right and not part.revise_right):
+            return []
+        if part.refuse_loops and loops(rollout.text):
             return []
         assert rollout.logprobs is not None
         answer = Start(tokens=rollout.tokens[:-1], origin=rollout.origin[:-1], logprobs=rollout.logprobs[:-1])

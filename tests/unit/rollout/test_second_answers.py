@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ type Script = Callable[[str, int], str]
 """(text of the request, sample index) -> reply; one that ends in `...` is cut off there."""
 
 RIGHT, WRONG = "Adding gives\n#### {0}", "Adding, I am sure, gives\n#### {0}1"
+REVISED = "Adding once more, for the time of number {1}, gives\n#### {0}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +74,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def around(folder: Path, run: Path, ranks: Any = None) -> Surroundings:
+def around(folder: Path, run: Path, ranks: Any = None, thinking: bool | None = None) -> Surroundings:
     tokenizer = load_tokenizer(folder)
+    if thinking is not None:
+        tokenizer.chat_template += "{{ 'thinking' if enable_thinking else 'at once' }}"  # type: ignore[operator]
+    data = DataSection(prompts=folder / "train.jsonl", shuffle=False, thinking=thinking)
     return Surroundings(
         ranks=ranks or alone(),
         tokenizer=tokenizer,
-        prompts=load_prompts(DataSection(prompts=folder / "train.jsonl", shuffle=False), tokenizer),
+        prompts=load_prompts(data, tokenizer),
         verifier=Exact(answer_after="####"),
         student_folder=folder,
         valid_vocab=259,
@@ -107,7 +111,7 @@ def revising(text: str, sample: int) -> str:
     number = asked(text)
     first = "start over" not in text and "rephrase" not in text
     right = number == 1 if first else sample % 2 == 0
-    return (RIGHT if right else WRONG).format(2 * number)
+    return ((RIGHT if first else REVISED) if right else WRONG).format(2 * number, sample)
 
 
 def test_a_trace_is_answer_phrase_revision_and_only_right_ones_are_kept(folder: Path, tmp_path: Path) -> None:
@@ -117,7 +121,7 @@ def test_a_trace_is_answer_phrase_revision_and_only_right_ones_are_kept(folder: 
     for one in kept:
         rollout, number = one.rollout, asked(surroundings.tokenizer.decode(one.rollout.prompt.tokens))
         assert one.reward == 1
-        assert rollout.text == RIGHT.format(2 * number), "the verifier read the revised answer alone"
+        assert rollout.text == REVISED.format(2 * number, rollout.sample), "the verifier read the revised answer alone"
         phrase = Phrases().tokens(surroundings.tokenizer, float(number == 1))
         written = [index for index, origin in enumerate(rollout.origin) if origin is Origin.CONSTRUCTED]
         assert rollout.tokens[written[0] : written[-1] + 1] == phrase
@@ -142,6 +146,35 @@ def test_a_cut_off_answer_is_not_revised(folder: Path, tmp_path: Path) -> None:
 
     kept = step_of(Revise(engine=Scripted(script=script)), around(folder, tmp_path))  # type: ignore[arg-type]
     assert {one.rollout.group[-1] for one in kept} == {"1"}
+
+
+def test_an_answer_that_ends_in_a_loop_is_not_revised_and_such_a_revision_not_kept(
+    folder: Path, tmp_path: Path
+) -> None:
+    loop = "\nIt is so, as I said." * 3
+
+    def script(text: str, sample: int) -> str:
+        revised = "start over" in text or "rephrase" in text
+        # the first answer to question 1 loops; to question 2 the first of its revisions does
+        looping = not revised if asked(text) == 1 else revised and sample == 0
+        return revising(text, sample) + loop * looping
+
+    part = Revise(engine=Scripted(script=script), revisions=4)  # type: ignore[arg-type]
+    surroundings = around(folder, tmp_path)
+    assert [(one.rollout.group[-1], one.rollout.sample) for one in step_of(part, surroundings)] == [("1", 2)]
+    every = step_of(replace(part, refuse_loops=False), surroundings)
+    assert [(one.rollout.group[-1], one.rollout.sample) for one in every] == [("0", 0), ("0", 2), ("1", 0), ("1", 2)]
+
+
+def test_the_same_answer_and_revision_are_kept_once_for_a_prompt_and_step(folder: Path, tmp_path: Path) -> None:
+    def script(text: str, sample: int) -> str:
+        return (WRONG if "start over" not in text else REVISED).format(2 * asked(text), min(sample, 1))
+
+    part = Revise(engine=Scripted(script=script), revisions=4, most_per_prompt=3)  # type: ignore[arg-type]
+    surroundings = around(folder, tmp_path)
+    kept = step_of(part, surroundings)
+    assert [(one.rollout.group[-1], one.rollout.sample) for one in kept] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
+    assert len(step_of(replace(part, refuse_copies=False), surroundings)) == 6, "three of either prompt"
 
 
 def test_a_student_that_cannot_revise_ends_in_one_clear_error(folder: Path, tmp_path: Path) -> None:
@@ -205,6 +238,26 @@ def test_no_more_wrong_answers_are_repaired_than_asked_for_and_by_seed(folder: P
     first, again = (step_of(part, around(folder, tmp_path)) for _ in range(2))
     assert sum("reflect/kept" in one.facts for one in first) == 1
     assert first == again
+
+
+@pytest.mark.parametrize(
+    ("data", "own", "word"),
+    [(False, None, "at once"), (True, None, "thinking"), (False, True, "thinking"), (True, False, "at once")],
+)
+def test_the_request_for_a_repair_is_rendered_as_the_prompts_are_unless_told_otherwise(
+    folder: Path, tmp_path: Path, data: bool, own: bool | None, word: str
+) -> None:
+    requests = []
+
+    def script(text: str, sample: int) -> str:
+        if "<reconstruction>" in text:
+            requests.append(text)
+        return reflecting(text, sample)
+
+    part = replace(PART, engine=Scripted(script=script), thinking=own)  # type: ignore[arg-type]
+    step_of(part, around(folder, tmp_path, thinking=data))
+    assert len(requests) == 3
+    assert all(text.endswith(word) for text in requests)
 
 
 @pytest.mark.parametrize("world", [2, 3])
