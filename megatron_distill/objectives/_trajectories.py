@@ -14,11 +14,16 @@ from megatron_distill.types import Batch, Metric, MicroBatch, Origin, Stop
 
 PREFIX = "prefix_tokens"
 """Fact of a constructed trajectory: how many tokens at its beginning are copied from a wrong rollout."""
+ENDED = "ended_before_cut"
+"""Fact of a response that was cut to fit a teacher: 1 if the whole of it had ended by itself."""
 
 
 def ended(micro: MicroBatch) -> Tensor:
-    """[S], bool: whether a response ended by itself, rather than for want of room."""
-    stops = [one.rollout.stop is Stop.EOS for one in micro.sequences]
+    """[S], bool: whether the student ended a response by itself, rather than for want of room.
+
+    One that was cut only so that a teacher can read it counts as the student left it.
+    """
+    stops = [one.rollout.stop is Stop.EOS or one.facts.get(ENDED) == 1 for one in micro.sequences]
     return torch.tensor(stops, dtype=torch.bool, device=micro.target_R.device)
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBLEM = "problem"
+ENDED = "ended_before_cut"
+"""Fact of a response that was cut to fit a teacher: 1 if the whole of it had ended by itself."""
 
 TEMPLATE = """{problem}
 
@@ -146,7 +148,8 @@ class View:
     def fit(self, tokenizer: PreTrainedTokenizerBase, one: Scored, positions: int) -> Scored | None:
         """The rollout, cut to what fits into `max_tokens` or `positions`; None where nothing does.
 
-        What is cut has no end of sequence, and keeps the reward of the whole. The revision's response stands there
+        What is cut has no end of sequence, and keeps the reward of the whole and, as a fact, whether that had ended by
+        itself: what is missing here says nothing of the student. The revision's response stands there
         twice, so that it is cut to half of the room.
         """
         limit = positions if self.max_tokens is None else min(self.max_tokens, positions)
@@ -162,7 +165,7 @@ class View:
 
 
 def shortened(one: Scored, length: int) -> Scored:
-    """The first `length` tokens of a response; it reads as one that was cut off."""
+    """The first `length` tokens of a response, without its end; the fact `ENDED` says whether it had one."""
     rollout = one.rollout
     cut = replace(
         rollout,
@@ -171,7 +174,8 @@ def shortened(one: Scored, length: int) -> Scored:
         origin=rollout.origin[:length],
         stop=Stop.LENGTH,
     )
-    return replace(one, rollout=cut)
+    ended = one.facts.get(ENDED, float(rollout.stop is Stop.EOS))  # several teachers may cut, one after the other
+    return replace(one, rollout=cut, facts={**one.facts, ENDED: ended})
 
 
 def check_hints(name: str, view: View, prompts: Sequence[Prompt]) -> None:

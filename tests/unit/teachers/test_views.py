@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_distill.data.packing import pack
 from megatron_distill.data.phrases import Phrases
 from megatron_distill.data.templates import load_tokenizer, render
 from megatron_distill.errors import DataError
+from megatron_distill.objectives.base import Scope
+from megatron_distill.objectives.sdzero import SDZero
 from megatron_distill.teachers._views import Privileged, Revision, View, check_hints
 from megatron_distill.testing.tiny import tiny_tokenizer
-from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
+from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop, TokenStats
 
+CPU = torch.device("cpu")
 END = 2
 """The tiny tokenizer's end of sequence."""
 
@@ -144,6 +149,28 @@ def test_what_does_not_fit_is_cut_to_half_of_the_room_for_both_models(tokenizer:
     cut = limited.fit(tokenizer, one, whole)
     assert cut is not None
     assert cut.rollout.tokens == one.rollout.tokens[:1]
+
+
+def test_a_cut_for_the_teachers_sake_is_no_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
+    view = View(revision=Revision(phrases=Phrases(right="ok", wrong="no")))
+
+    def cut_to(one: Scored, less: int) -> Scored:
+        whole = len(view.reading(tokenizer, one).rollout.prompt.tokens) + len(one.rollout.tokens)
+        cut = view.fit(tokenizer, one, whole - less)
+        assert cut is not None
+        return cut
+
+    for stop in (Stop.EOS, Stop.LENGTH):
+        one = scored(tokenizer, "x" * 20, stop=stop)
+        once = cut_to(one, 4)
+        twice = cut_to(once, 6)  # two teachers, either with a limit of its own
+        assert len(twice.rollout.tokens) < len(once.rollout.tokens) < len(one.rollout.tokens)
+        for cut in (one, once, twice):
+            batch = pack([cut], dp_rank=0, dp_size=1, tokens_per_micro_batch=200, device=CPU, version=0)
+            plan, _ = SDZero().prepare(TokenStats(), batch, Scope(seed=0, step=0), {})
+            learned = len(cut.rollout.tokens) if stop is Stop.EOS else 0
+            assert plan.weights["reverse_kl"][0].count_nonzero() == learned
+            assert cut.reward == 1.0
 
 
 def test_a_privileged_context_leaves_the_response_what_is_left(tokenizer: PreTrainedTokenizerBase) -> None:
