@@ -53,7 +53,7 @@ class Cut:
         return self.sizes.world
 
     def suits(self, setting: Setting) -> bool:
-        """Whether the setting's loss is the same under this cut."""
+        """Whether this cut is tried with the setting: one that speaks of one micro-batch is not cut further."""
         return not setting.one_micro_batch or (self.sizes.dp == 1 and self.tokens_per_micro_batch == WHOLE)
 
 

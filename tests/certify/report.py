@@ -22,15 +22,21 @@ advantages do, its error is relative to the sum of their magnitudes. A bar that 
 * **Table**: rows of logits come from a table, so that any cut is cheap. Real packing, plan, losses and chunked output
   layer; gradients of embeddings, positions and output weight, each by itself. The vocabulary has {vocabulary} ids in
   {padded} columns; padding must get a gradient of exactly 0, and one of four tensor-parallel ranks holds only padding.
-  Every setting, with every fidelity of teacher that the objective accepts. Bar: {table32} in fp32, {table64} in fp64.
+  Eager losses, and compiled ones for the default. Bar: {table32} in fp32, {table64} in fp64.
 * **Megatron**: a Qwen3 of two layers with tied embeddings, through Megatron's schedules, distributed data parallel and
-  distributed optimizer, with teachers of other families, widths and vocabularies. The truth runs sequence by sequence
-  through `transformers` in float64; the gradient is of all weights together, by Hugging Face name. Bar: {network}.
+  distributed optimizer, with teachers of other families, widths and vocabularies, which give full signals. The truth
+  runs sequence by sequence through `transformers` in float64; the gradient is of all weights together, by Hugging Face
+  name, and its norm counts with it. Of each objective the default, another temperature, several teachers if it takes
+  them, and each sort of data. Bar: {network}.
+
+Each row says how many of the objective's settings were tried in that cut, and what their teachers gave.
 """
 
 
 def merge(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """One entry per cut: the worst of its settings."""
+    rows = list(rows)
+    assert rows, "nothing was tried"
     loss = gradient = 0.0
     worst, badness = "", -1.0
     fidelities: set[str] = set()
@@ -69,14 +75,29 @@ def render(content: Mapping[str, Any]) -> str:
     lines += ["", "The larger of loss and gradient, over all cuts.", ""]
     for name, entry in objectives.items():
         lines += [f"## {name}", ""]
-        if entry["fidelities"]:
-            lines += [f"Teachers give: {', '.join(entry['fidelities'])}.", ""]
-        lines += ["| on | cut | loss | gradient |", "|---|---|---|---|"]
-        lines += [
-            f"| {one['on']} | {one['cut']} | {one['loss']:.1e} | {one['gradient']:.1e} |" for one in entry["cuts"]
-        ]
+        if entry["micro_batch"]:
+            lines += ["Defined by their micro-batches, and so certified only where there is one:", ""]
+            lines += [f"* {_fields(name, one)}" for one in entry["micro_batch"]] + [""]
+        lines += ["| on | cut | settings | teachers give | loss | gradient | worst setting |", "|" + "---|" * 7]
+        lines += [f"| {' | '.join(_cells(name, entry['settings'], one))} |" for one in entry["cuts"]]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(name: str, settings: int, one: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        one["on"],
+        one["cut"],
+        f"{one['settings']} of {settings}",
+        ", ".join(one["fidelities"]) or "-",
+        f"{one['loss']:.1e}",
+        f"{one['gradient']:.1e}",
+        _fields(name, one["worst"]),
+    )
+
+
+def _fields(name: str, setting: str) -> str:
+    return setting.removeprefix(f"{name} (").removesuffix(")")
 
 
 def _worst(cuts: Iterable[Mapping[str, Any]], on: str) -> str:

@@ -1,6 +1,6 @@
 """`make certify`: every objective, under every setting and every cut, against its oracle; writes docs/certificates.*
 
-    python -m tests.certify.run [--objectives opd,gkd] [--on table,network] [--cuts whole,tp=2] [--write]
+    python -m tests.certify.run [--objectives opd,gkd] [--on table,network] [--cuts "whole;tp=2"] [--write]
 
 Exit code 1: a bar is broken, and the output names the case. Any other failure is an error of the run itself.
 """
@@ -35,17 +35,14 @@ def main(words: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     assert Path(megatron_distill.__file__).is_relative_to(ROOT), f"{megatron_distill.__file__} is not under {ROOT}"
-    kinds = arguments.objectives.split(",") if arguments.objectives else objectives()
-    found: dict[str, Any] = {kind: {"settings": 0, "fidelities": set(), "cuts": []} for kind in kinds}
+    kinds = arguments.objectives or objectives()
+    found: dict[str, Any] = {kind: _entry(kind) for kind in kinds}
     broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder, Worlds(Path(folder)) as worlds:
         runs = {"table": _on_table, "network": _on_network}
-        for place in arguments.on.split(","):
+        for place in arguments.on:
             for kind, on, cut, bar, rows in runs[place](worlds, kinds, arguments.cuts, Path(folder)):
-                merged = report.merge(rows)
-                found[kind]["settings"] = max(found[kind]["settings"], merged.pop("settings"))
-                found[kind]["fidelities"] |= set(merged.pop("fidelities"))
-                found[kind]["cuts"].append({"on": on, "cut": cut, **merged})
+                found[kind]["cuts"].append({"on": on, "cut": cut, **report.merge(rows)})
                 broken += [
                     f"broken bar: {row['setting']} {row['fidelity']} on {on}, {cut}: "
                     f"loss {row['loss']:.1e}, gradient {row['gradient']:.1e}, allowed {bar:.0e}"
@@ -55,19 +52,40 @@ def main(words: Sequence[str] | None = None) -> int:
     broken = list(dict.fromkeys(broken))  # ranks of a group say the same
     print("\n".join(broken) if broken else f"certified: {', '.join(kinds)}", flush=True)
     if arguments.write and not broken:
-        for entry in found.values():
-            entry["fidelities"] = sorted(entry["fidelities"])
         report.write({"facts": _facts(), "objectives": found}, ROOT)
     return 1 if broken else 0
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", default="", help="comma-separated; default: all")
-    parser.add_argument("--on", default="table,network", help="table, network or both")
-    parser.add_argument("--cuts", default=None, type=lambda names: names.split(";"), help="names, with ; between them")
+    parser.add_argument("--objectives", help="comma-separated; default: all", type=lambda names: names.split(","))
+    parser.add_argument("--on", help="table or network; default: both", type=lambda names: names.split(","))
+    parser.add_argument("--cuts", help="names, with ; between them; default: all", type=lambda names: names.split(";"))
     parser.add_argument("--write", action="store_true", help="write docs/certificates.* unless a bar is broken")
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    on = arguments.on or ["table", "network"]
+    cuts = {"table": table.CUTS, "network": network.CUTS}
+    allowed = {
+        "objectives": objectives(),
+        "on": list(cuts),
+        "cuts": [name for place in on for name in cuts.get(place, ())],
+    }
+    for option, names in allowed.items():
+        if unknown := set(getattr(arguments, option) or ()) - set(names):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))}: allowed are {', '.join(names)}")
+    if arguments.write and (arguments.objectives or arguments.on or arguments.cuts):
+        parser.error("--write: a certificate is of everything, leave the other options out")
+    arguments.on = on
+    return arguments
+
+
+def _entry(kind: str) -> dict[str, Any]:
+    all_of_it = {str(setting): setting for setting in settings(kind)}
+    return {
+        "settings": len(all_of_it),
+        "micro_batch": [name for name, setting in all_of_it.items() if setting.one_micro_batch],
+        "cuts": [],
+    }
 
 
 def _facts() -> dict[str, Any]:
@@ -95,7 +113,8 @@ def _on_table(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | None,
             for place, (name, cut) in enumerate(here.items()):
                 on = "table, fp64" if cut.dtype == torch.float64 else "table, fp32"
                 rows = [asdict(error) for by_cut in by_rank for error in by_cut[place]]
-                yield kind, on, name, TOLERANCE[cut.dtype], rows
+                if any(map(cut.suits, settings(kind))):
+                    yield kind, on, name, TOLERANCE[cut.dtype], rows
         _tell(f"{kind}: {len(answers)} settings on the table", started)
 
 
@@ -110,7 +129,8 @@ def _on_network(worlds: Worlds, kinds: Sequence[str], names: Sequence[str] | Non
         by_rank = worlds(cut.ranks).run(network.errors, folder, cut, flat, init=False, timeout=LONG)
         for kind in kinds:
             rows = [asdict(error) for errors in by_rank for error in errors if error.setting.split(" ")[0] == kind]
-            yield kind, "Megatron", name, TOLERANCE[torch.float32], rows
+            if any(map(cut.suits, network_settings(kind))):
+                yield kind, "Megatron", name, TOLERANCE[torch.float32], rows
         _tell(f"Megatron, {name}", started)
 
 

@@ -96,14 +96,15 @@ def settings(kind: str) -> list[Setting]:
 
 
 def network_settings(kind: str) -> list[Setting]:
-    """Those for real Megatron: the default and the first with another temperature, of each sort of data.
-
-    Others do not differ in how they are cut over stages and contexts.
+    """Those for real Megatron: of each sort of data the default and the first with another temperature, and the first
+    with several teachers. Others do not differ in how they are cut over stages and contexts.
     """
-    found: dict[tuple[str, bool], Setting] = {}
+    found: dict[tuple[object, ...], Setting] = {}
     for setting in settings(kind):
         found.setdefault((setting.data, setting.objective.temperature == 1.0), setting)
-    return list(found.values())
+        if len(setting.teachers) > 1:
+            found.setdefault(("several teachers",), setting)
+    return list({str(setting): setting for setting in found.values()}.values())
 
 
 def _teachers(objective: Objective, fields: Mapping[str, Any], listed: tuple[Any, ...]) -> list[tuple[str, ...]]:

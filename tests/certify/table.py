@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_distill.data.packing import pack
+from megatron_distill.losses import backend
 from megatron_distill.losses.chunk import linear_loss
 from megatron_distill.losses.signal import teacher_logprob
 from megatron_distill.losses.vocab import logprob_and_entropy, top_k
@@ -65,6 +66,8 @@ class Cut:
     fidelities: tuple[Fidelity, ...] = tuple(Fidelity)
     """What teachers give, of what the objective accepts."""
     dtype: torch.dtype = torch.float32
+    backend: backend.Name = "eager"
+    """Of the losses. Compiled ones are tried on defaults only: every other number in a setting is compiled anew."""
 
     @property
     def ranks(self) -> int:
@@ -72,29 +75,29 @@ class Cut:
         return self.tp * self.dp
 
     def suits(self, setting: Setting) -> bool:
-        """Whether the setting's loss is the same under this cut."""
-        return not setting.one_micro_batch or (self.dp == 1 and self.tokens_per_micro_batch == WHOLE)
+        """Whether this cut is tried with the setting: one that speaks of one micro-batch is not cut further."""
+        whole = self.dp == 1 and self.tokens_per_micro_batch == WHOLE
+        return (whole or not setting.one_micro_batch) and (self.backend == "eager" or not setting.fields)
 
 
 RICHEST = (Fidelity.FULL,)
 CUTS: Mapping[str, Cut] = {
     "whole": Cut(),
     "whole, fp64": Cut(dtype=torch.float64),
+    "whole, compiled losses": Cut(backend="compiled", fidelities=RICHEST),
     "chunks of 4": Cut(chunk_rows=4, fidelities=RICHEST),
     "micro-batches of 24 tokens": Cut(tokens_per_micro_batch=24, fidelities=RICHEST),
     "a micro-batch per sequence, chunks of 3": Cut(tokens_per_micro_batch=1, chunk_rows=3),
     "padded": Cut(tokens_per_micro_batch=32, sequence_multiple=4, total_multiple=16, fidelities=RICHEST),
     "tp=2": Cut(tp=2),
     "tp=2, fp64, chunks of 40": Cut(tp=2, dtype=torch.float64, chunk_rows=40, fidelities=RICHEST),
-    "tp=2, micro-batches, chunks of 16, padded": Cut(
-        tp=2, chunk_rows=16, tokens_per_micro_batch=48, total_multiple=8, fidelities=RICHEST
-    ),
+    "tp=2, micro-batches, chunks of 16, padded": Cut(tp=2, chunk_rows=16, tokens_per_micro_batch=48, total_multiple=8),
     "dp=2": Cut(dp=2, fidelities=RICHEST),
     "dp=2, fp64, micro-batches": Cut(dp=2, dtype=torch.float64, tokens_per_micro_batch=24, fidelities=RICHEST),
     "tp=4": Cut(tp=4),
     "tp=4, micro-batches, chunks of 16": Cut(tp=4, chunk_rows=16, tokens_per_micro_batch=48, fidelities=RICHEST),
     "tp=2 dp=2, micro-batches, chunks of 16, padded": Cut(
-        tp=2, dp=2, tokens_per_micro_batch=48, chunk_rows=16, sequence_multiple=2, fidelities=RICHEST
+        tp=2, dp=2, tokens_per_micro_batch=48, chunk_rows=16, sequence_multiple=2
     ),
     "dp=4, a micro-batch per sequence": Cut(dp=4, tokens_per_micro_batch=1, fidelities=RICHEST),
 }
@@ -217,7 +220,7 @@ def errors(cuts: Sequence[Cut], answers: Sequence[Expected]) -> list[list[Errors
     groups = {tp: _groups(tp) for tp in sorted({cut.tp for cut in cuts})}
     found = []
     for cut in cuts:
-        with _default_dtype(cut.dtype):
+        with _default_dtype(cut.dtype), _backend(cut.backend):
             found.append(
                 [
                     _compare(answer, cut_step(answer, cut, fidelity, groups[cut.tp]), fidelity)
@@ -243,6 +246,16 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _backend(name: backend.Name) -> Iterator[None]:
+    before = backend.current()
+    backend.use(name)
+    try:
+        yield
+    finally:
+        backend.use(before)
 
 
 def _compare(answer: Expected, found: Found, fidelity: Fidelity | None) -> Errors:
