@@ -18,6 +18,9 @@ from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.start import world_size
 from megatron_distill.types import Origin
 
+REFERENCE = "reference"
+"""The name of a teacher that the student is only kept near to."""
+
 type Models = dict[str, ModelSpec]
 """By where the config names it."""
 
@@ -102,13 +105,16 @@ def teachers_are_shown_what_there_is(run: RunConfig) -> str | None:
 
 
 def teachers_know_more_than_the_student(run: RunConfig) -> str | None:
-    for name, teacher in run.teachers.items():
-        if teacher.view.same and getattr(teacher, "weights", "") == "live":
-            return (
-                f"teachers.{name}.weights=live: with the student's own context it is the student, and teaches nothing: "
-                "set view.privileged or view.revision, or weights=frozen, ema or refreshed"
-            )
-    return None
+    """A copy of the student in the student's own context agrees with it from the first step on."""
+    alike = [name for name, teacher in run.teachers.items() if teacher.folder is None and teacher.view.same]
+    alone = [name for name in alike if name != REFERENCE] if len(alike) == len(run.teachers) else []
+    live = [name for name in alike if getattr(run.teachers[name], "weights", "") == "live"]
+    if not alone + live:
+        return None
+    return (
+        f"teachers.{(alone + live)[0]}.kind=itself: with the student's own context it agrees with the student, and "
+        "teaches nothing: set its view.privileged or view.revision, or another kind"
+    )
 
 
 def objective_needs_a_reward(run: RunConfig) -> str | None:
@@ -170,6 +176,17 @@ def objective_learns_from_who_wrote(run: RunConfig) -> str | None:
         f"{_rollout(run)} gives tokens of {_authors(given)}, {_objective(run)} with these settings learns only from "
         f"those of {_authors(allowed)}: change rollout.kind or rollout.on_policy_fraction, or objective.kind"
         f"{_or_the_whole_vocabulary(run)}"
+    )
+
+
+def objective_finds_whose_tokens_it_looks_for(run: RunConfig) -> str | None:
+    given, looked_for = run.rollout.origins, run.objective.needs.holds
+    if given is None or looked_for <= given:
+        return None
+    return (
+        f"{_rollout(run)} gives tokens of {_authors(given)} alone, {_objective(run)} with these settings needs "
+        f"responses with tokens of {_authors(looked_for - given)} too: set rollout.kind=revise (SD-Zero) or reflect "
+        "(TAPO), or replay traces of such a run"
     )
 
 
@@ -237,6 +254,13 @@ def pp_divides_the_models(run: RunConfig, models: Models) -> str | None:
     )
 
 
+def top_k_is_within_the_vocabulary(run: RunConfig, models: Models) -> str | None:
+    k, smallest = getattr(run.objective, "top_k", 0), min(spec.vocab_size for spec in models.values())
+    if k <= smallest or getattr(run.objective, "support", "full") == "full":
+        return None
+    return f"objective.top_k={k}: more than the {smallest} ids that all models have: set it to {smallest} or less"
+
+
 RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_needs_a_teacher,
     objective_reads_its_teachers,
@@ -249,6 +273,7 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_reads_log_probs_of_rollouts,
     objective_compares_rollouts_of_a_prompt,
     objective_learns_from_who_wrote,
+    objective_finds_whose_tokens_it_looks_for,
     objective_and_rollouts_agree_on_pairs,
     objective_learns_from_unfiltered_samples,
     evaluation_has_prompts,
@@ -257,7 +282,11 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     losses_have_the_device_they_need,
     launcher_started_as_many_ranks,
 )
-MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (tp_divides_the_models, pp_divides_the_models)
+MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (
+    tp_divides_the_models,
+    pp_divides_the_models,
+    top_k_is_within_the_vocabulary,
+)
 
 
 def _objective(run: RunConfig) -> str:

@@ -117,6 +117,16 @@ class Network:
         cp, rank = self.runtime.mesh.sizes.cp, self.runtime.mesh.cp_rank
         return slice(rows * rank // cp, rows * (rank + 1) // cp)
 
+    def all_rows(self, mine: Tensor, rows: int) -> Tensor:
+        """What context-parallel ranks found for their own of `rows` rows, put together on all of them: [rows, ...]."""
+        if self.runtime.mesh.sizes.cp == 1:
+            return mine
+        # every rank fills its own rows and leaves zeros elsewhere: the sum is the whole
+        whole = mine.new_zeros(rows, *mine.shape[1:])
+        whole[self.my_rows(rows)] = mine
+        torch.distributed.all_reduce(whole, group=self.runtime.mesh.groups.cp)
+        return whole
+
     @torch.no_grad()
     def read(self, batch: Sequence[MicroBatch], rows: Callable[[Tensor, int], Any]) -> list[Any]:
         """Forward only, through the pipeline: what `rows(hidden_RH, micro index)` made of each micro-batch.
@@ -155,14 +165,7 @@ class Network:
 
         def share(hidden_RH: Tensor, index: int) -> Tensor:
             mine = self.my_rows(batch[index].rows)
-            found = rows(hidden_RH, mine, index)
-            if self.runtime.mesh.sizes.cp == 1:
-                return found
-            # every rank fills its own rows and leaves zeros elsewhere: the sum is the whole
-            whole = found.new_zeros(batch[index].rows, *found.shape[1:])
-            whole[mine] = found
-            torch.distributed.all_reduce(whole, group=self.runtime.mesh.groups.cp)
-            return whole
+            return self.all_rows(rows(hidden_RH, mine, index), batch[index].rows)
 
         return tuple(self.read(batch, share))
 

@@ -195,7 +195,9 @@ class Objective(ABC):
 def sequence_sums(micro: MicroBatch, value_R: Tensor) -> Tensor:
     """Sum over each sequence's response tokens: [S], in at least fp32."""
     wide = value_R if value_R.is_floating_point() else value_R.float()
-    return wide.new_zeros(len(micro.sequences)).index_add_(0, micro.segment_R, wide)
+    # segment by segment and never by atomics: the same bits on every model-parallel rank of a GPU machine
+    lengths_S = micro.segment_R.bincount(minlength=len(micro.sequences))
+    return torch.segment_reduce(wide, "sum", lengths=lengths_S, unsafe=True)
 
 
 def group_sums(batch: Batch, scope: Scope, values: PerMicro) -> Tensor:

@@ -25,7 +25,7 @@ from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.embedded import EmbeddedSettings
 from megatron_distill.rollout.sample import Tools
-from megatron_distill.rollout.sources.generate import Generate
+from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.mesh import Ranks
 from megatron_distill.runtime.start import start, start_ranks
@@ -94,7 +94,7 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
 
 def engine_settings(run: RunConfig) -> EmbeddedSettings:
     """Settings of the engine that the run writes its rollouts with, where it writes any."""
-    return run.rollout.engine if isinstance(run.rollout, Generate) else EmbeddedSettings()
+    return run.rollout.engine if isinstance(run.rollout, Writing) else EmbeddedSettings()
 
 
 @contextmanager

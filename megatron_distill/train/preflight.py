@@ -16,9 +16,11 @@ from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.demonstrate import check_solutions, solution_lengths
 from megatron_distill.rollout.sample import check_answers
+from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.rollout.sources.pairs import Pairs, check_pair_lengths, check_pairs
+from megatron_distill.rollout.sources.prefix import Prefix, check_beginnings
 from megatron_distill.rollout.sources.replay import Replay, Traces
 from megatron_distill.teachers._views import check_hints
 from megatron_distill.train.resume import check_checkpoint, steps_done
@@ -81,15 +83,16 @@ def check_prompts(run: RunConfig) -> list[str]:
     """The data loads, is not empty, fits the models, and has what the source of rollouts reads."""
     source, tokenizer = run.rollout, student_tokenizer(run)
     prompts = load_prompts(run.data, tokenizer)
-    if isinstance(source, Generate):
+    if isinstance(source, Writing):
         stop_ids(tokenizer, run.student.model)
         check_answers(run.reward, prompts.items)
         check_lengths(run, prompts, source.sampling.max_new_tokens, "rollout.sampling.max_new_tokens")
-    if isinstance(source, Demonstrations) or (isinstance(source, Generate) and source.on_policy_fraction < 1):
-        end_of_sequence(tokenizer)
-        check_solutions(list(prompts))
+    if isinstance(source, Prefix):
+        check_beginnings(source, prompts.items)
     if isinstance(source, Demonstrations):
-        check_demonstrations(run, source, prompts, tokenizer)
+        check_demonstrations(run, source.max_response_tokens, "rollout.max_response_tokens", prompts, tokenizer)
+    if isinstance(source, Generate) and source.on_policy_fraction < 1:
+        check_demonstrations(run, source.max_solution_tokens, "rollout.max_solution_tokens", prompts, tokenizer)
     if isinstance(source, Pairs):
         end_of_sequence(tokenizer)
         check_pairs(source, prompts.items)
@@ -130,15 +133,17 @@ def check_lengths(run: RunConfig, prompts: Prompts, new_tokens: int, setting: st
 
 
 def check_demonstrations(
-    run: RunConfig, source: Demonstrations, prompts: Prompts, tokenizer: PreTrainedTokenizerBase
+    run: RunConfig, most: int, setting: str, prompts: Prompts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Prompts and solutions are within what every model was made for; solutions are cut into ids only if in doubt.
+    """There are solutions, within what every model was made for; they are cut into ids only if in doubt.
 
     Raises:
         DataError: they are not.
     """
+    end_of_sequence(tokenizer)
+    check_solutions(list(prompts))
     place, positions = _fewest_positions(run)
-    most, asked = source.max_response_tokens, [len(prompt.tokens) for prompt in prompts]
+    asked = [len(prompt.tokens) for prompt in prompts]
     if max(asked) + most <= positions:
         return
     solved = solution_lengths(tokenizer, prompts.items, most)
@@ -146,7 +151,7 @@ def check_demonstrations(
     worst = prompts.items[index].id
     if whole > positions:
         raise DataError(
-            f"rollout.max_response_tokens={most}: prompt {worst} and its solution are {whole} tokens, "
+            f"{setting}={most}: prompt {worst} and its solution are {whole} tokens, "
             f"more than the {positions} positions of {place}: set it to {max(positions - max(asked), 0)} or less, or "
             "lower max_prompt_tokens"
         )

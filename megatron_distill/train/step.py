@@ -45,17 +45,19 @@ def token_stats(student: Student, batch: Batch, signals: Signals, needs: Needs, 
 def teacher_scores(
     student: Student, batch: Batch, signals: tuple[TeacherSignal, ...], temperature: float
 ) -> tuple[Tensor, ...]:
-    """A teacher's log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank."""
-    found = []
+    """A teacher's log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank.
+
+    Context-parallel ranks share the rows.
+    """
+    network, found = student.network, []
     for index, micro in enumerate(batch.micro):
+        logp_R = torch.zeros(micro.rows, device=micro.target_R.device)
         if signals:
-            starts = range(0, max(micro.rows, 1), student.chunk_rows)
-            rows = [slice(start, start + student.chunk_rows) for start in starts]
-            logp_R = torch.cat(
-                [teacher_logprob(signals[index].rows(one), micro.target_R[one], temperature).float() for one in rows]
-            )
-        else:
-            logp_R = torch.zeros(micro.rows, device=micro.target_R.device)
+            mine = network.my_rows(micro.rows)
+            starts = range(mine.start, max(mine.stop, mine.start + 1), student.chunk_rows)
+            chunks = [slice(start, min(start + student.chunk_rows, mine.stop)) for start in starts]
+            scores = [teacher_logprob(signals[index].rows(one), micro.target_R[one], temperature) for one in chunks]
+            logp_R = network.all_rows(torch.cat(scores).float(), micro.rows)
         found.append(student.mesh.from_last_stage(logp_R))
     return tuple(found)
 

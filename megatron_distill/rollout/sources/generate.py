@@ -21,6 +21,8 @@ class Generate(Writing):
 
     on_policy_fraction: float = 1.0
     """Share of steps with responses of the student; the others have the data's solutions (GKD's lambda)."""
+    max_solution_tokens: int = 4096
+    """Of the data's solutions in off-policy steps; a longer one is cut, and then has no end-of-sequence token."""
     keep_groups: Literal["all", "mixed"] = "all"
     """`mixed` leaves out groups whose rewards are all alike, and asks further prompts in their place until the step
     has its `train.prompts_per_step` groups (DAPO's dynamic sampling, arXiv 2503.14476)."""
@@ -31,8 +33,9 @@ class Generate(Writing):
         Writing.__post_init__(self)
         if not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(f"on_policy_fraction={self.on_policy_fraction}: must be from 0 to 1")
-        if self.most_rounds < 1:
-            raise ValueError(f"most_rounds={self.most_rounds}: must be at least 1")
+        for name in ("most_rounds", "max_solution_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.keep_groups == "mixed" and self.samples_per_prompt < 2:
             raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: keep_groups=mixed needs 2 or more")
 
@@ -80,7 +83,7 @@ class Generating(Writer):
             scored = self._sampled(step, self.take(missing))
             for _, members in groupby(scored, key=lambda one: one.rollout.group):
                 group = list(members)
-                if len({one.reward for one in group}) > 1:
+                if len({one.reward for one in group} - {None}) > 1:
                     kept += group
                     missing -= 1
             if not missing:
@@ -112,7 +115,7 @@ class Generating(Writer):
                 prompt,
                 group=group,
                 version=self.engine.version,
-                max_tokens=self._part.sampling.max_new_tokens,
+                max_tokens=self._part.max_solution_tokens,
             )
             for group, prompt in chosen
         ]

@@ -7,7 +7,7 @@ leaves nothing to go on from, and is learned from as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_distill.data.templates import end_of_sequence
@@ -27,6 +27,8 @@ class Prefix(Writing):
     """Which hint of a prompt is the teacher's response: `solution` (data.solution_key), or one of data.hint_keys."""
     longest: int | None = None
     """Tokens of the teacher's in step 0; null: `sampling.max_new_tokens`, which bounds start and continuation."""
+    steps: int | None = None
+    """Step from which on the student writes everything; null: `train.steps`, which a longer run then moves."""
 
     def __post_init__(self) -> None:
         Writing.__post_init__(self)
@@ -34,6 +36,8 @@ class Prefix(Writing):
             raise ValueError(
                 f"longest={self.longest}: must be from 0 to sampling.max_new_tokens={self.sampling.max_new_tokens}"
             )
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps={self.steps}: must be at least 1")
 
     @property
     def origins(self) -> frozenset[Origin]:
@@ -46,13 +50,22 @@ class Prefix(Writing):
         Raises:
             DataError: a prompt has no response of the teacher's.
         """
-        without = [prompt.id for prompt in surroundings.prompts if self.hint not in prompt.hints]
-        if without:
-            raise DataError(
-                f"{len(without)} of {len(surroundings.prompts)} prompts have no hint {self.hint!r} to begin with, the "
-                f"first is {without[0]}; name the teacher's responses in data.solution_key or data.hint_keys"
-            )
+        check_beginnings(self, surroundings.prompts.items)
         return Prefixing(self, surroundings)
+
+
+def check_beginnings(part: Prefix, prompts: Sequence[Prompt]) -> None:
+    """Before the run starts.
+
+    Raises:
+        DataError: a prompt has no response of the teacher's.
+    """
+    without = [prompt.id for prompt in prompts if part.hint not in prompt.hints]
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(prompts)} prompts have no hint {part.hint!r} to begin with, the first is "
+            f"{without[0]}; name the teacher's responses in data.solution_key or data.hint_keys"
+        )
 
 
 class Prefixing(Writer):
@@ -65,7 +78,7 @@ class Prefixing(Writer):
     def write(self, step: int) -> list[Scored]:
         """One group per prompt; every response of a group begins alike."""
         longest = self._part.sampling.max_new_tokens if self._part.longest is None else self._part.longest
-        length = prefix_length(step, self._run.steps, longest)
+        length = prefix_length(step, self._part.steps or self._run.steps, longest)
         chosen = self.take(self._run.prompts_per_step)
         written = sample(self._tools, [one for group in chosen for one in self._continued(step, length, *group)])
         whole = [self._whole(group, prompt) for group, prompt in chosen if self._ends_within(length, prompt)]

@@ -92,6 +92,30 @@ NO_TEACHER = "teachers.big=null"
             "reward.kind=none gives no reward, rollout.kind=generate with these settings chooses rollouts by theirs",
         ),
         (
+            ["objective={kind: tapo}", "rollout.samples_per_prompt=8", NO_TEACHER],
+            "rollout.kind=generate gives tokens of the student alone, objective.kind=tapo with these settings needs",
+        ),
+        (
+            ["objective={kind: sdzero, phase: revision}", NO_TEACHER],
+            "rollout.kind=generate gives tokens of the student alone, objective.kind=sdzero with these settings needs",
+        ),
+        (
+            ["objective={kind: sdzero}", "rollout={kind: revise}"],
+            "rollout.kind=revise gives tokens of the student and the data, objective.kind=sdzero with these settings",
+        ),
+        (
+            ["teachers={big: null, self: {kind: itself}}", "objective={kind: gkd}"],
+            "teachers.self.kind=itself: with the student's own context it agrees with the student, and teaches nothing",
+        ),
+        (
+            ["teachers.self={kind: itself, weights: live}", "objective={kind: gkd}"],
+            "teachers.self.kind=itself: with the student's own context it agrees with the student, and teaches nothing",
+        ),
+        (
+            ["objective={kind: gkd, support: top_k, top_k: 1000}"],
+            "objective.top_k=1000: more than the 259 ids that all models have: set it to 259 or less",
+        ),
+        (
             ["objective={kind: tropd}", "rollout={kind: demonstrations}"],
             "rollout.kind=demonstrations gives tokens of the data, objective.kind=tropd with these settings learns",
         ),
@@ -119,7 +143,7 @@ def test_a_teacher_needs_something_to_show(run_file):
     )
     live = ["teachers.big=null", "teachers.me={kind: itself, weights: live}"]
     (line,) = complaints(run_file, *live)
-    assert line.startswith("teachers.me.weights=live: with the student's own context it is the student")
+    assert line.startswith("teachers.me.kind=itself: with the student's own context it agrees with the student")
     check(load(run_file, [*live, "teachers.me.view={privileged: {}}"]))
 
 

@@ -208,3 +208,22 @@ def test_what_a_teacher_is_shown_must_be_in_the_data(config):
     privileged = ("teachers.big=null", "teachers.me={kind: itself, weights: live, view: {privileged: {}}}")
     assert "teachers.me.view: 4 of 4 prompts" in complaint(config(*privileged))
     assert preflight(config(*privileged, "data.solution_key=answer")) == ["data: 4 prompts"]
+
+
+@pytest.mark.parametrize("rollout", ["prefix", "revise, samples_per_prompt: 1", "reflect, samples_per_prompt: 8"])
+def test_whatever_the_student_writes_must_fit_its_positions(config, rollout):
+    run = config(f"rollout={{kind: {rollout}, sampling: {{max_new_tokens: 500}}}}", "data.solution_key=answer")
+    assert "rollout.sampling.max_new_tokens=500: with the longest prompt" in complaint(run)
+
+
+def test_a_teacher_that_begins_needs_something_to_begin_with(config):
+    assert "4 of 4 prompts have no hint 'solution' to begin with" in complaint(config("rollout={kind: prefix}"))
+    assert preflight(config("rollout={kind: prefix}", "data.solution_key=answer"))
+
+
+def test_solutions_of_off_policy_steps_must_fit_too(config, tmp_path):
+    mixed = ("objective.divergence=reverse_kl", "rollout.on_policy_fraction=0.5", "data.solution_key=answer")
+    assert preflight(config(*mixed))
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"question": "1 + 1?", "answer": "2" * 600}) + "\n")
+    assert "rollout.max_solution_tokens=4096: prompt" in complaint(config(*mixed))
