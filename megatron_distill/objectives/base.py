@@ -186,10 +186,10 @@ class Objective(ABC):
 
     def refuse_idle(self, because: str, *names: str) -> None:
         """Raises ValueError if one of these fields, which nothing reads `because`, is not at its default."""
-        defaults = {one.name: one.default if one.default_factory is MISSING else {} for one in fields(self)}
-        for name in names:
-            if (value := getattr(self, name)) != defaults[name]:
-                raise ValueError(f"{name}={value}: {because} does not read it; leave it {defaults[name]}")
+        for one in fields(self):
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if one.name in names and (value := getattr(self, one.name)) != default:
+                raise ValueError(f"{one.name}={value}: {because} does not read it; leave it {default}")
 
 
 def sequence_sums(micro: MicroBatch, value_R: Tensor) -> Tensor:
