@@ -28,7 +28,9 @@ LOWEST = -1e4
 """A logit further than this below its row's maximum, -inf included, counts as this far below it.
 
 exp(-1e4) is 0 in every floating type, so no probability changes. It turns 0 * inf into 0, and what would be an
-infinite divergence between models that exclude different ids into a large finite one.
+infinite divergence between models that exclude different ids into a large finite one. How large depends a little on
+the cut: such a logit lies this far below the maximum of its rank's columns, which may be some nats below the row's
+(1e4 + 5 in place of 1e4, say). Ids that both models exclude, or have, are the same under every cut.
 """
 
 

@@ -160,16 +160,6 @@ def reduce_in_place(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessG
     return True
 
 
-def maxima(group: ProcessGroup | None, *logits: Tensor) -> Sequence[Tensor]:
-    """The largest logit of each row over all ranks, for several models in one collective: [R] each."""
-    return all_reduce([one.amax(-1) for one in logits], dist.ReduceOp.MAX, group)
-
-
-def shifted_by(logits_Rv: Tensor, max_R: Tensor) -> Tensor:
-    """A fresh copy of the logits minus their row's maximum, not below `LOWEST`: exp of it never overflows."""
-    return (logits_Rv - max_R[:, None]).clamp_(min=LOWEST)
-
-
 def _without_unknown(logp_R: Tensor, ids_R: Tensor, partition: VocabPartition) -> Tensor:
     """-inf where the id is none: no rank holds its logit, and a believable number would go unnoticed.
 
