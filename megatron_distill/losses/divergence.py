@@ -10,6 +10,7 @@ mixture, three for the others and for whatever is clipped.
     reverse KL       R = KL(q||p)                          d/du = q (log(q/p) - R)
     mixed KL         w KL(p||q) + (1-w) KL(q||p)
     JSD              beta KL(p||m) + (1-beta) KL(q||m)     m = beta p + (1-beta) q
+                                                           d/du = (1-beta) q (log(q/m) - KL(q||m))
     skew forward KL  KL(p||m)                              m = alpha p + (1-alpha) q
     skew reverse KL  KL(q||m)                              m = alpha q + (1-alpha) p
     total variation  sum_v |q_v - p_v| / 2
