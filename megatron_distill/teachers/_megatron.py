@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_distill.data.packing import pack
-from megatron_distill.errors import DataError
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.teachers._views import View
@@ -40,19 +39,11 @@ class MegatronTeacher:
         """Rollouts that the view can hold, cut where they must be; equal on all ranks as `scored` is.
 
         Raises:
-            DataError: none is left.
+            DataError: none is left, or a revision has no verdict at all.
         """
         if self.view.same and self.view.max_tokens is None:
             return scored
-        positions = self.network.spec.max_positions
-        fitting = [self.view.fit(self.tokenizer, one, positions) for one in scored]
-        kept = [one for one in fitting if one is not None]
-        if scored and not kept:
-            raise DataError(
-                f"no response of the step fits behind what a teacher reads first, within {positions} positions or "
-                "view.max_tokens: raise the latter, or lower data.max_prompt_tokens"
-            )
-        return kept
+        return self.view.fit_all(self.tokenizer, scored, self.network.spec.max_positions)
 
     def signal(self, batch: Batch) -> tuple[TeacherSignal, ...]:
         """Hidden states of the response tokens: one forward pass, no logits yet."""

@@ -145,13 +145,33 @@ class View:
         prompt = replace(one.rollout.prompt, tokens=self.context(tokenizer, one))
         return replace(one, rollout=replace(one.rollout, prompt=prompt))
 
+    def fit_all(self, tokenizer: PreTrainedTokenizerBase, scored: Sequence[Scored], positions: int) -> list[Scored]:
+        """Those of a step that can be read, cut where they must be.
+
+        Raises:
+            DataError: none is left, or a revision has no verdict at all.
+        """
+        fitting = [self.fit(tokenizer, one, positions) for one in scored]
+        kept = [one for one in fitting if one is not None]
+        if scored and not kept:
+            if all(one.reward is None for one in scored):
+                self.context(tokenizer, scored[0])  # a revision says what it lacks
+            raise DataError(
+                f"no response of the step fits behind what a teacher reads first, within {positions} positions or "
+                "view.max_tokens: raise the latter, or lower data.max_prompt_tokens"
+            )
+        return kept
+
     def fit(self, tokenizer: PreTrainedTokenizerBase, one: Scored, positions: int) -> Scored | None:
-        """The rollout, cut to what fits into `max_tokens` or `positions`; None where nothing does.
+        """The rollout, cut to what fits into `max_tokens` or `positions`; None where nothing does, or where a revision
+        has no verdict to show, because the verifier could not score it.
 
         What is cut has no end of sequence, and keeps the reward of the whole and, as a fact, whether that had ended by
         itself: what is missing here says nothing of the student. The revision's response stands there
         twice, so that it is cut to half of the room.
         """
+        if self.revision is not None and one.reward is None:
+            return None
         limit = positions if self.max_tokens is None else min(self.max_tokens, positions)
         context, length = len(self.context(tokenizer, one)), len(one.rollout.tokens)
         if context + length <= limit:

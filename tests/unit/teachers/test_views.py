@@ -173,6 +173,17 @@ def test_a_cut_for_the_teachers_sake_is_no_truncation(tokenizer: PreTrainedToken
             assert cut.reward == 1.0
 
 
+def test_what_could_not_be_scored_is_left_out_unless_nothing_was(tokenizer: PreTrainedTokenizerBase) -> None:
+    view = View(revision=Revision())
+    known, unknown = scored(tokenizer), scored(tokenizer, reward=None)
+    assert view.fit_all(tokenizer, [unknown, known], 500) == [known]
+    with pytest.raises(DataError, match="without a reward has no phrase"):
+        view.fit_all(tokenizer, [unknown, unknown], 500)
+    with pytest.raises(DataError, match="no response of the step fits behind what a teacher reads first, within 9"):
+        view.fit_all(tokenizer, [unknown, known], 9)
+    assert View(max_tokens=400).fit_all(tokenizer, [unknown], 500) == [unknown], "only a revision shows the verdict"
+
+
 def test_a_privileged_context_leaves_the_response_what_is_left(tokenizer: PreTrainedTokenizerBase) -> None:
     view = View(privileged=Privileged(template="{problem}{solution}"))
     one = scored(tokenizer)
