@@ -54,8 +54,9 @@ PERIODS, REPEATS = (10, 1500), 3
 """A text that ends in the same 10 to 1500 characters three times over has run into a loop."""
 
 
-FAILURES = ("unparsed", "leaks", "loops", "not_copied", "nothing_new", "too_long")
-"""Why a reply is no trajectory, in the order in which it is checked."""
+FAILURES = ("no_room", "unparsed", "leaks", "loops", "not_copied", "nothing_new", "too_long")
+"""Why there is no trajectory, in the order in which it is checked; `no_room`: request and reply would have been longer
+than the model's positions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

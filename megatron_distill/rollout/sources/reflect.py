@@ -9,11 +9,12 @@ CONSTRUCTED, in a group of their own. Whether they are right is for their reward
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from megatron_distill.data.templates import render
+from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.base import Key, Request, random_source
 from megatron_distill.rollout.reflection import FAILURES, INSTRUCTION, Checks, Reconstruction, reconstruct
 from megatron_distill.rollout.sample import Wanted, sample, shared
@@ -85,6 +86,7 @@ class Reflecting(Writer):
     def __init__(self, part: Reflect, surroundings: Surroundings) -> None:
         super().__init__(part, surroundings)
         self._part = part
+        self._positions = ModelSpec.from_folder(surroundings.student_folder).max_positions
 
     def write(self, step: int) -> list[Scored]:
         """Every group, followed by its repairs."""
@@ -102,28 +104,28 @@ class Reflecting(Writer):
                 for index in range(self._part.samples_per_prompt)
             ],
         )
-        repairs = [
-            repair
-            for _, members in groupby(originals, key=lambda one: one.rollout.group)
-            for repair in self._repairs(step, list(members))
-        ]
+        groups = {name: list(members) for name, members in groupby(originals, key=lambda one: one.rollout.group)}
+        eligible = {name for name, members in groups.items() if self._eligible(members)}
+        repairs = [repair for name in groups if name in eligible for repair in self._repairs(step, groups[name])]
         built = shared(self._run.ranks, repairs, self._build)
         outcomes = {
             (one.wrong.rollout.group, one.wrong.rollout.sample): made if isinstance(made, str) else "kept"
             for one, made in zip(repairs, built, strict=True)
         }
-        return [_told(one, outcomes) for one in originals] + [one for one in built if isinstance(one, Scored)]
+        return [_told(one, eligible, outcomes) for one in originals] + [one for one in built if isinstance(one, Scored)]
+
+    def _eligible(self, group: Sequence[Scored]) -> bool:
+        """Neither too easy nor too hard; what could not be scored is neither right nor wrong."""
+        right, wrong = sum(one.right for one in group), sum(_wrong(one) for one in group)
+        return right >= self._part.least_right and wrong >= self._part.least_wrong
 
     def _repairs(self, step: int, group: Sequence[Scored]) -> Iterator[_Repair]:
-        """None for a group that is not eligible."""
-        right = [one for one in group if one.reward == 1]
-        wrong = [one for one in group if one.reward == 0]
-        if len(right) < self._part.least_right or len(wrong) < self._part.least_wrong:
-            return
+        """Those of an eligible group; none, if all its wrong responses were cut off."""
+        right = [one for one in group if one.right]
         rollout = group[0].rollout
         draw = random_source((self._run.seed, "reflect", step, rollout.group, rollout.prompt.id))
         # a cut-off response is wrong for its length, not for an error that could be shown
-        whole = [one for one in wrong if one.rollout.stop is Stop.EOS]
+        whole = [one for one in group if _wrong(one) and one.rollout.stop is Stop.EOS]
         for place in sorted(draw.permutation(len(whole))[: self._part.most_repairs].tolist()):
             one = whole[place].rollout
             yield _Repair(
@@ -134,17 +136,21 @@ class Reflecting(Writer):
 
     def _build(self, repairs: Sequence[_Repair]) -> list[Scored | str]:
         """Ask, check, score; the name of the failed check for what is dropped."""
-        requests = [Request(tokens=self._ask(one), sampling=self._part.sampling, key=one.key) for one in repairs]
-        tokenizer = self._tools.tokenizer
+        tokenizer, sampling = self._tools.tokenizer, self._part.sampling
+        requests = [Request(tokens=self._ask(one), sampling=sampling, key=one.key) for one in repairs]
+        fits = [len(one.tokens) + sampling.max_new_tokens <= self._positions for one in requests]
+        replies = iter(self._tools.engine.generate([one for one, fit in zip(requests, fits, strict=True) if fit]))
         found = [
             reconstruct(
                 tokenizer,
-                tokenizer.decode(reply.tokens, skip_special_tokens=True),
+                tokenizer.decode(next(replies).tokens, skip_special_tokens=True),
                 one.wrong.rollout.tokens,
-                self._part.sampling.max_new_tokens,
+                sampling.max_new_tokens,
                 self._part.checks,
             )
-            for one, reply in zip(repairs, self._tools.engine.generate(requests), strict=True)
+            if fit
+            else "no_room"
+            for one, fit in zip(repairs, fits, strict=True)
         ]
         texts = [
             (one.wrong.rollout.prompt.answer, made.text)
@@ -167,9 +173,13 @@ class Reflecting(Writer):
         return render(self._tools.tokenizer, [*before, {"role": "user", "content": asked}], thinking=thinking)
 
 
-def _told(one: Scored, outcomes: Mapping[tuple[str, int], str]) -> Scored:
-    """With facts of what became of it: whether its group was repaired, and if it was itself tried, how that ended."""
-    facts = {"reflect/eligible": float(any(group == one.rollout.group for group, _ in outcomes))}
+def _wrong(one: Scored) -> bool:
+    return one.reward is not None and not one.right
+
+
+def _told(one: Scored, eligible: Collection[str], outcomes: Mapping[tuple[str, int], str]) -> Scored:
+    """With facts of what became of it: whether its group may be repaired, and how its own repair ended."""
+    facts = {"reflect/eligible": float(one.rollout.group in eligible)}
     outcome = outcomes.get((one.rollout.group, one.rollout.sample))
     if outcome is not None:
         facts |= {f"reflect/{name}": float(outcome == name) for name in ("kept", *FAILURES)}

@@ -7,15 +7,22 @@ never revised, for its error is its length. Answers that end in a loop, and copi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from megatron_distill.data.phrases import Phrases
 from megatron_distill.errors import DataError
+from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.reflection import loops
 from megatron_distill.rollout.sample import Start, Wanted, sample
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Prompt, Scored, Stop
+
+UNFIT = ("unscored", "cut_off", "loops", "no_room")
+"""Why a first answer is not revised, in the order in which it is checked; `no_room`: prompt, answer, phrase and
+revision would have been longer than the model's positions. A kept trace has, as facts, their shares in the step's first
+answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +73,7 @@ class Revising(Writer):
     def __init__(self, part: Revise, surroundings: Surroundings) -> None:
         super().__init__(part, surroundings)
         self._part = part
+        self._positions = ModelSpec.from_folder(surroundings.student_folder).max_positions
 
     def write(self, step: int) -> list[Scored]:
         """All kept traces of `train.prompts_per_step` prompts."""
@@ -76,7 +84,8 @@ class Revising(Writer):
         raise DataError(
             f"step {step}: in rollout.most_rounds={self._part.most_rounds} rounds of {self._run.prompts_per_step} "
             "prompts no revision was right: the student cannot correct itself on them; choose easier ones, or raise "
-            "rollout.revisions or rollout.sampling.max_new_tokens"
+            "rollout.revisions or rollout.sampling.max_new_tokens, which with prompt and first answer must stay within "
+            f"the model's {self._positions} positions"
         )
 
     def _traces(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
@@ -94,7 +103,11 @@ class Revising(Writer):
                 for index in range(self._part.samples_per_prompt)
             ],
         )
-        revised = sample(self._tools, [wanted for one in first for wanted in self._revisions(step, one)])
+        unfit = [self._unfit(one) for one in first]
+        fitting = [one for one, why in zip(first, unfit, strict=True) if why is None]
+        revised = sample(self._tools, [wanted for one in fitting for wanted in self._revisions(step, one)])
+        count = Counter(unfit)
+        shares = {f"revise/{name}": count[name] / len(first) for name in UNFIT}
         kept: dict[str, list[Scored]] = {}
         seen: set[tuple[str, str]] = set()
         for one in revised:
@@ -104,24 +117,39 @@ class Revising(Writer):
             text = one.rollout.prompt.id, self._run.tokenizer.decode(one.rollout.tokens, skip_special_tokens=True)
             if not self._part.refuse_copies or text not in seen:
                 seen.add(text)
-                members.append(one)
+                members.append(replace(one, facts={**one.facts, **shares}))
         return [one for members in kept.values() for one in members]
 
     def _usable(self, revised: Scored) -> bool:
         """Right, whole, and not a loop."""
         whole = revised.rollout.stop is Stop.EOS
-        return revised.reward == 1 and whole and not (self._part.refuse_loops and loops(revised.rollout.text))
+        return revised.right and whole and not (self._part.refuse_loops and loops(revised.rollout.text))
+
+    def _unfit(self, first: Scored) -> str | None:
+        """One of `UNFIT`; None, if nothing is wrong with it."""
+        rollout = first.rollout
+        if first.reward is None:
+            return "unscored"
+        if rollout.stop is not Stop.EOS:
+            return "cut_off"
+        if self._part.refuse_loops and loops(rollout.text):
+            return "loops"
+        read = len(rollout.prompt.tokens) + len(self._start(first).tokens)
+        return "no_room" if read + self._part.sampling.max_new_tokens > self._positions else None
+
+    def _start(self, first: Scored) -> Start:
+        """What the student goes on from: its answer without the end of sequence, and the phrase."""
+        rollout = first.rollout
+        assert rollout.logprobs is not None
+        assert first.reward is not None
+        answer = Start(tokens=rollout.tokens[:-1], origin=rollout.origin[:-1], logprobs=rollout.logprobs[:-1])
+        return answer + Start.by(Origin.CONSTRUCTED, self._part.phrases.tokens(self._run.tokenizer, first.reward))
 
     def _revisions(self, step: int, first: Scored) -> list[Wanted]:
         rollout, part = first.rollout, self._part
-        right = first.reward == 1
-        if first.reward is None or rollout.stop is not Stop.EOS or (right and not part.revise_right):
+        if first.right and not part.revise_right:
             return []
-        if part.refuse_loops and loops(rollout.text):
-            return []
-        assert rollout.logprobs is not None
-        answer = Start(tokens=rollout.tokens[:-1], origin=rollout.origin[:-1], logprobs=rollout.logprobs[:-1])
-        phrase = Start.by(Origin.CONSTRUCTED, part.phrases.tokens(self._run.tokenizer, first.reward))
+        start = self._start(first)
         samples = range(rollout.sample * part.revisions, (rollout.sample + 1) * part.revisions)
         return [
             Wanted(
@@ -130,7 +158,7 @@ class Revising(Writer):
                 sample=index,
                 sampling=part.sampling,
                 key=(*self.key(step, rollout.group, rollout.prompt, index), "revision"),
-                start=answer + phrase,
+                start=start,
                 judge_start=False,
             )
             for index in samples

@@ -19,13 +19,14 @@ from megatron_distill.data.phrases import Phrases
 from megatron_distill.data.prompts import DataSection, load_prompts
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.errors import DataError
+from megatron_distill.rewards.base import Verdict
 from megatron_distill.rewards.exact import Exact
 from megatron_distill.rollout.base import Completion, Given, Request, Sampling
 from megatron_distill.rollout.reflection import Checks
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.rollout.sources.reflect import Reflect
 from megatron_distill.rollout.sources.revise import Revise
-from megatron_distill.testing.tiny import tiny_tokenizer
+from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.types import Origin, Scored, Stop
 from tests.unit.rollout.test_sources import alone, in_world
 
@@ -68,7 +69,8 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_tokenizer(tmp_path_factory.mktemp("student"))
+    folder = tiny_model(tmp_path_factory.mktemp("student"), "qwen3", max_position_embeddings=4096)
+    tiny_tokenizer(folder)
     rows = [{"question": f"{a}+{a}?", "answer": str(2 * a)} for a in range(1, 6)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -177,6 +179,19 @@ def test_the_same_answer_and_revision_are_kept_once_for_a_prompt_and_step(folder
     assert len(step_of(replace(part, refuse_copies=False), surroundings)) == 6, "three of either prompt"
 
 
+def test_what_leaves_no_room_for_a_revision_is_left_out_and_counted(folder: Path, tmp_path: Path) -> None:
+    def script(text: str, sample: int) -> str:
+        return "Long " * 100 + revising(text, sample) if asked(text) == 1 else revising(text, sample)
+
+    surroundings = around(folder, tmp_path)
+    part = Revise(engine=Scripted(script=script), sampling=Sampling(max_new_tokens=3600))  # type: ignore[arg-type]
+    kept = step_of(part, surroundings)
+    assert {one.rollout.group[-1] for one in kept} == {"1"}
+    assert all(one.facts["revise/no_room"] == 0.5 and one.facts["revise/cut_off"] == 0 for one in kept)
+    short = replace(part, sampling=Sampling(max_new_tokens=3000))
+    assert {one.rollout.group[-1] for one in step_of(short, surroundings)} == {"0", "1"}
+
+
 def test_a_student_that_cannot_revise_ends_in_one_clear_error(folder: Path, tmp_path: Path) -> None:
     def script(text: str, sample: int) -> str:
         return WRONG.format(0)
@@ -207,6 +222,7 @@ PART = Reflect(
     checks=Checks(copied_tokens=8, new_tokens=4),
     sampling=Sampling(max_new_tokens=400),
 )
+LONG = Sampling(max_new_tokens=2900)
 
 
 def test_wrong_answers_of_a_mixed_group_are_rebuilt_under_the_plain_prompt(folder: Path, tmp_path: Path) -> None:
@@ -231,6 +247,56 @@ def test_wrong_answers_of_a_mixed_group_are_rebuilt_under_the_plain_prompt(folde
         assert one.rollout.tokens[:copied] == wrong.tokens[:copied]
         assert copied == len(wrong.tokens) - 1
         assert "analysis" not in one.rollout.text
+
+
+def test_a_repair_that_has_no_room_is_not_asked_for(folder: Path, tmp_path: Path) -> None:
+    def script(text: str, sample: int) -> str:
+        reply = reflecting(text, sample)
+        return "Long " * 100 + reply if sample == 4 and "<reconstruction>" not in text else reply
+
+    surroundings = around(folder, tmp_path)
+    scored = step_of(replace(PART, engine=Scripted(script=script), sampling=LONG), surroundings)  # type: ignore[arg-type]
+    assert {one.rollout.sample: one.facts["reflect/no_room"] for one in scored if "reflect/no_room" in one.facts} == {
+        3: 0.0,
+        4: 1.0,
+        5: 0.0,
+    }
+    assert [one.rollout.sample for one in scored[16:]] == [5]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsure(Exact):
+    """Has no verdict on what holds `UNKNOWN`."""
+
+    def score(self, pairs: Sequence[tuple[str | None, str]]) -> list[Verdict]:
+        return Exact.score(self, [(None if UNKNOWN in text else gold, text) for gold, text in pairs])
+
+
+UNKNOWN = "who knows"
+
+
+def test_a_group_is_eligible_by_its_verdicts_whether_or_not_there_is_something_to_repair(
+    folder: Path, tmp_path: Path
+) -> None:
+    def script(text: str, sample: int) -> str:
+        if asked(text) == 1:  # four wrong ones, all cut off
+            return RIGHT.format(2) if sample < 4 else "Adding, adding, ..."
+        return RIGHT.format(4) if sample < 4 else WRONG.format(4) + UNKNOWN * (sample > 4)
+
+    surroundings = replace(around(folder, tmp_path), verifier=Unsure(answer_after="####"))
+    scored = step_of(replace(PART, engine=Scripted(script=script)), surroundings)  # type: ignore[arg-type]
+    assert len(scored) == 16, "nothing is repaired"
+    assert [one.facts["reflect/eligible"] for one in scored] == [1.0] * 8 + [0.0] * 8
+
+
+def test_an_answer_without_a_verdict_is_not_revised(folder: Path, tmp_path: Path) -> None:
+    def script(text: str, sample: int) -> str:
+        return UNKNOWN if asked(text) == 1 else revising(text, sample)
+
+    surroundings = replace(around(folder, tmp_path), verifier=Unsure(answer_after="####"))
+    kept = step_of(Revise(engine=Scripted(script=script)), surroundings)  # type: ignore[arg-type]
+    assert {one.rollout.group[-1] for one in kept} == {"1"}
+    assert all(one.facts["revise/unscored"] == 0.5 for one in kept)
 
 
 def test_no_more_wrong_answers_are_repaired_than_asked_for_and_by_seed(folder: Path, tmp_path: Path) -> None:
