@@ -153,11 +153,12 @@ def admit(
     return admitted, report
 
 
-def compare(shape: Shape, loss: str, inputs: Logits | Hidden, rounds: int, warm_up: int) -> dict[str, Any]:
+def compare(shape: Shape, loss: str, inputs: Logits | Hidden, rounds: int) -> dict[str, Any]:
     """Errors, then times of all who are admitted."""
     admitted, report = admit(contenders(shape, loss, inputs), shape, inputs.expected(loss))
     methods = [Method(name=one.name, run=one.run, prepare=one.prepare) for one in admitted]
-    for name, samples in interleave(methods, rounds, stopwatch(), warm_up).items():
+    # each has run once for its errors; seconds of matrix products need no more
+    for name, samples in interleave(methods, rounds, stopwatch(), warm_up=0 if shape.hidden else 1).items():
         report[name] |= {"median_ms": samples.median, "best_ms": samples.best, "ms": list(samples.ms)}
     return report
 

@@ -33,7 +33,14 @@ LARGE = [
     Shape(rows=1024, vocab=151936),
     Shape(rows=1024, vocab=151936, hidden=512, teacher_hidden=1024, chunk=128),
 ]
-SETS = {"quick": SMALL[:1], "logits": SMALL[:2], "linear": SMALL[2:], "large": LARGE, "full": SMALL + LARGE}
+SETS = {
+    "quick": SMALL[:1],
+    "logits": SMALL[:2],
+    "linear": SMALL[2:],
+    "large-logits": LARGE[:1],
+    "large-linear": LARGE[1:],
+    "full": SMALL + LARGE,
+}
 ROUNDS = 5
 _TIMEOUT_S = 3600
 _PROJECT = Path(__file__).parents[2]
@@ -117,7 +124,7 @@ def _child(text: str) -> int:
                 if loss in job["admitted"]:
                     found[loss] = comparisons.weigh(shape, loss, inputs, set(job["admitted"][loss]))
             elif not job["losses"] or loss in job["losses"]:
-                found[loss] = comparisons.compare(shape, loss, inputs, job["rounds"], warm_up=1)
+                found[loss] = comparisons.compare(shape, loss, inputs, job["rounds"])
     Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")
     return 0
 
