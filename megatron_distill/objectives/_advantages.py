@@ -65,9 +65,6 @@ def compare(
         divide_by_std: False leaves the division out (Dr.GRPO).
         leave_one_out: the mean is that of the other members: A is n / (n - 1) times as large.
         lone_reward: a member alone in its group has its reward for an advantage, not 0.
-
-    Raises:
-        DataError: a member has no reward.
     """
     place = tuple(torch.zeros_like(micro.group_S) if pooled else micro.group_S for micro in batch.micro)
 
@@ -80,8 +77,6 @@ def compare(
     mean_G = total(rewards) / size_G.clamp(min=1)
     deviations = tuple(reward - mean_G[group_S] for reward, group_S in zip(rewards, place, strict=True))
     std_G = (total(tuple(one.square() for one in deviations)) / (size_G - 1).clamp(min=1)).sqrt()
-    if bool(std_G.isnan().any()):
-        raise DataError("a rollout of the step has no reward, its group cannot be compared: check reward.kind")
     scale_G = 1 / (std_G + EPSILON) if divide_by_std else torch.ones_like(std_G)
     if leave_one_out:
         scale_G = scale_G * size_G / (size_G - 1).clamp(min=1)
@@ -155,6 +150,17 @@ class GroupPolicy(Objective):
     def reference(self) -> tuple[Fidelity | None, frozenset[str]]:
         """What the KL asks of which teacher."""
         return (Fidelity.TOKEN, frozenset({REFERENCE})) if self.kl_weight else (None, frozenset())
+
+    def scored(self, batch: Batch, scope: Scope) -> PerMicro:
+        """[S], bool: rollouts with a verdict. One whose check failed or took too long belongs to no group; collective.
+
+        Raises:
+            DataError: no rollout of the step has one.
+        """
+        found = tuple(~micro.reward_S.isnan() for micro in batch.micro)
+        if not scope.total(torch.stack([one.sum() for one in found]).sum()):
+            raise DataError("no rollout of the step has a reward, nothing can be compared: check reward.kind")
+        return found
 
     def compare(
         self, batch: Batch, scope: Scope, members: PerMicro, pooled: bool = False, lone_reward: bool = False

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_distill.losses.vocab import logprob
@@ -46,17 +45,19 @@ class GRPO(GroupPolicy):
         if self.old_logprobs == "rollout":
             self.check_logprobs(batch)
         assert stats.student_logp is not None
-        everybody = tuple(torch.ones_like(micro.reward_S, dtype=torch.bool) for micro in batch.micro)
-        compared = self.compare(batch, scope, everybody)
-        weights, denominator = self.average(batch, scope, self.counted(batch, everybody, compared))
+        scored = self.scored(batch, scope)
+        compared = self.compare(batch, scope, scored)
+        weights, denominator = self.average(batch, scope, self.counted(batch, scored, compared))
+        terms = {"policy": weights}
+        if self.kl_weight:
+            terms["kl"] = tuple(self.kl_weight * one for one in weights)
         plan = Plan(
             weights={
-                "policy": weights,
-                "kl": tuple(self.kl_weight * one for one in weights),
+                **terms,
                 "advantage": by_token(batch, compared.advantage),
                 "old_logp": stats.student_logp,
             },
-            denominators={"policy": denominator, "kl": denominator},
+            denominators=dict.fromkeys(terms, denominator),
             metrics=(
                 Metric("advantage/uniform_groups", *compared.uniform),
                 Metric("advantage/reward_std", float(compared.std_G.sum()), float(compared.std_G.numel())),

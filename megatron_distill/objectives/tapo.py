@@ -82,8 +82,10 @@ class TAPO(GroupPolicy):
             self.check_logprobs(batch)
         assert stats.student_logp is not None
         assert stats.entropy is not None
-        built = tuple(constructed(micro) for micro in batch.micro)
-        written = tuple(~one for one in built)
+        kinds = tuple(constructed(micro) for micro in batch.micro)
+        scored = self.scored(batch, scope)
+        built = tuple(kind & judged for kind, judged in zip(kinds, scored, strict=True))
+        written = tuple(~kind & judged for kind, judged in zip(kinds, scored, strict=True))
         originals = self.compare(batch, scope, written)
         repairs = self.compare(
             batch, scope, built, pooled=self.reference_scope == "batch", lone_reward=self.lone_reference == "reward"
@@ -102,18 +104,19 @@ class TAPO(GroupPolicy):
         if self.old_logprobs == "rollout":
             old = tuple(
                 torch.where(mask_R, logp_R, micro.rollout_logp_R)
-                for micro, mask_R, logp_R in zip(batch.micro, by_token(batch, built), old, strict=True)
+                for micro, mask_R, logp_R in zip(batch.micro, by_token(batch, kinds), old, strict=True)
             )
         advantage = tuple(one + other for one, other in zip(originals.advantage, repairs.advantage, strict=True))
+        terms = {
+            "original": original,
+            "constructed": tuple(self.constructed_weight * one for one in _times(repair, suppression)),
+        }
+        denominators = {"original": by_originals, "constructed": by_repairs}
+        if self.kl_weight:
+            terms["kl"], denominators["kl"] = tuple(self.kl_weight * one for one in original), by_originals
         plan = Plan(
-            weights={
-                "original": original,
-                "kl": tuple(self.kl_weight * one for one in original),
-                "constructed": tuple(self.constructed_weight * one for one in _times(repair, suppression)),
-                "advantage": by_token(batch, advantage),
-                "old_logp": old,
-            },
-            denominators={"original": by_originals, "kl": by_originals, "constructed": by_repairs},
+            weights={**terms, "advantage": by_token(batch, advantage), "old_logp": old},
+            denominators=denominators,
             metrics=(
                 Metric("advantage/uniform_groups", *originals.uniform),
                 Metric("tapo/uniform_references", *repairs.uniform),

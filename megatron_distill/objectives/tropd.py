@@ -51,8 +51,8 @@ class TrOPD(Weighted):
     outlier: Literal["forward_kl", "mask", "clip"] = "forward_kl"
     """What an outlier teaches: the forward KL, nothing, or the policy gradient with A no lower than `clip_floor`."""
     clip_floor: float = -1.0
-    """Of `outlier: clip`, in nats. The paper does not give it; at -1 a trusted token's expected push, min(1, r) |log r|,
-    is largest."""
+    """Of `outlier: clip`, in nats. The paper does not give it; at -1 a trusted token's expected push,
+    min(1, r) |log r|, is largest."""
     guidance: float = 0.001
     """beta, the weight of tokens that the teacher wrote."""
 

@@ -197,10 +197,23 @@ def test_rollouts_without_the_engines_log_probs_are_refused_where_they_are_read(
     assert math.isfinite(run(GRPO(old_logprobs="recompute"), rollouts).loss)
 
 
-def test_rollouts_without_a_reward_are_refused() -> None:
-    responses = [*group("a", [1, 0]), trajectory("a", 2, None, 2)]
-    with pytest.raises(DataError, match="has no reward"):
-        run(GRPO(), responses)
+def test_a_rollout_without_a_verdict_is_left_out_above_and_below_the_line() -> None:
+    """A check that took too long must not end a run."""
+    scored, one_more = group("a", [1, 0]), [*group("a", [1, 0]), trajectory("a", 2, None, 2)]
+    for reduction in ("token_mean", "sequence_mean"):
+        alone, beside = (run(GRPO(reduction=reduction), rollouts) for rollouts in (scored, one_more))
+        assert beside.loss == pytest.approx(alone.loss)
+        assert beside.pulls["a", 0] == pytest.approx(alone.pulls["a", 0])
+        assert beside.pulls["a", 2] == [0.0] * len(beside.pulls["a", 2])
+
+
+def test_a_step_without_any_verdict_is_refused() -> None:
+    with pytest.raises(DataError, match="no rollout of the step has a reward"):
+        run(GRPO(), [trajectory("a", sample, None, 2) for sample in range(2)])
+
+
+def test_a_kl_of_no_weight_is_no_term() -> None:
+    assert set(run(GRPO(), group("a", [1, 0])).plan.denominators) == {"policy"}
 
 
 def test_tokens_that_the_student_did_not_sample_are_refused() -> None:
