@@ -10,7 +10,7 @@ from typing import ClassVar
 from megatron_distill.data.traces import write_traces
 from megatron_distill.rollout.base import Key, RolloutEngine, Sampling
 from megatron_distill.rollout.embedded import EmbeddedSettings
-from megatron_distill.rollout.sample import Tools, check_answers
+from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
 from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
 from megatron_distill.types import Prompt, Scored
 
@@ -80,6 +80,21 @@ class Writer(ABC):
         """The next prompts with their groups' names; they are then gone."""
         chosen, self._cursor = take(self._cursor, self._run.prompts, count)
         return chosen
+
+    def answers(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
+        """The student's own responses to these prompts, `samples_per_prompt` to each."""
+        wanted = [
+            Wanted(
+                prompt=prompt,
+                group=group,
+                sample=index,
+                sampling=self._writing.sampling,
+                key=self.key(step, group, prompt, index),
+            )
+            for group, prompt in chosen
+            for index in range(self._writing.samples_per_prompt)
+        ]
+        return sample(self._tools, wanted)
 
     def key(self, step: int, group: str, prompt: Prompt, sample: int) -> Key:
         """Names the draws of one response."""

@@ -9,7 +9,6 @@ from typing import Literal
 from megatron_distill.errors import DataError
 from megatron_distill.rollout.base import random_source
 from megatron_distill.rollout.demonstrate import check_solutions, demonstrate
-from megatron_distill.rollout.sample import Wanted, sample
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Prompt, Scored
@@ -73,14 +72,14 @@ class Generating(Writer):
         if not on_policy:
             return self._demonstrated(self.take(self._run.prompts_per_step))
         if self._part.keep_groups == "all":
-            return self._sampled(step, self.take(self._run.prompts_per_step))
+            return self.answers(step, self.take(self._run.prompts_per_step))
         return self._mixed(step)
 
     def _mixed(self, step: int) -> list[Scored]:
         kept: list[Scored] = []
         missing = self._run.prompts_per_step
         for _ in range(self._part.most_rounds):
-            scored = self._sampled(step, self.take(missing))
+            scored = self.answers(step, self.take(missing))
             for _, members in groupby(scored, key=lambda one: one.rollout.group):
                 group = list(members)
                 if len({one.reward for one in group} - {None}) > 1:
@@ -93,20 +92,6 @@ class Generating(Writer):
             f"{self._run.prompts_per_step} groups still have rewards that are all alike: the prompts are too hard or "
             "too easy for the student; choose others, raise most_rounds or samples_per_prompt, or set keep_groups=all"
         )
-
-    def _sampled(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
-        wanted = [
-            Wanted(
-                prompt=prompt,
-                group=group,
-                sample=index,
-                sampling=self._part.sampling,
-                key=self.key(step, group, prompt, index),
-            )
-            for group, prompt in chosen
-            for index in range(self._part.samples_per_prompt)
-        ]
-        return sample(self._tools, wanted)
 
     def _demonstrated(self, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
         return [

@@ -17,7 +17,7 @@ from megatron_distill.data.templates import render
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.rollout.base import Key, Request, random_source
 from megatron_distill.rollout.reflection import FAILURES, INSTRUCTION, Checks, Reconstruction, reconstruct
-from megatron_distill.rollout.sample import Wanted, sample, shared
+from megatron_distill.rollout.sample import shared
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Rollout, Scored, Stop
@@ -90,20 +90,7 @@ class Reflecting(Writer):
 
     def write(self, step: int) -> list[Scored]:
         """Every group, followed by its repairs."""
-        originals = sample(
-            self._tools,
-            [
-                Wanted(
-                    prompt=prompt,
-                    group=group,
-                    sample=index,
-                    sampling=self._part.sampling,
-                    key=self.key(step, group, prompt, index),
-                )
-                for group, prompt in self.take(self._run.prompts_per_step)
-                for index in range(self._part.samples_per_prompt)
-            ],
-        )
+        originals = self.answers(step, self.take(self._run.prompts_per_step))
         groups = {name: list(members) for name, members in groupby(originals, key=lambda one: one.rollout.group)}
         eligible = {name for name, members in groups.items() if self._eligible(members)}
         repairs = [repair for name in groups if name in eligible for repair in self._repairs(step, groups[name])]

@@ -89,20 +89,7 @@ class Revising(Writer):
         )
 
     def _traces(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
-        first = sample(
-            self._tools,
-            [
-                Wanted(
-                    prompt=prompt,
-                    group=group,
-                    sample=index,
-                    sampling=self._part.sampling,
-                    key=self.key(step, group, prompt, index),
-                )
-                for group, prompt in chosen
-                for index in range(self._part.samples_per_prompt)
-            ],
-        )
+        first = self.answers(step, chosen)
         unfit = [self._unfit(one) for one in first]
         fitting = [one for one, why in zip(first, unfit, strict=True) if why is None]
         revised = sample(self._tools, [wanted for one in fitting for wanted in self._revisions(step, one)])
