@@ -128,12 +128,16 @@ class _Columns:
         hidden_RK = torch.full_like(before_RK, float("-inf"))
         if self.owned_RK is not None:
             hidden_RK = torch.where(self.owned_RK.any(-1, keepdim=True), hidden_RK, before_RK)
-        logits_Rv.data.scatter_(-1, self.index_RK, hidden_RK)
+        logits_Rv.data[self.places()] = hidden_RK
         return before_RK
 
     def put_back(self, logits_Rv: Tensor, before_RK: Tensor) -> None:
         """Undo `hide`."""
-        logits_Rv.data.scatter_(-1, self.index_RK, before_RK)
+        logits_Rv.data[self.places()] = before_RK
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns, as an index: scatter of bf16 on a CPU goes through a wide copy of everything."""
+        return torch.arange(len(self.index_RK), device=self.index_RK.device)[:, None], self.index_RK
 
 
 class _TopK(Function):
@@ -186,7 +190,8 @@ class _TopK(Function):
             if grad_Rv.data_ptr() != logits_Rv.data_ptr():
                 columns.put_back(logits_Rv, before_RK)
         # Columns of S hold 0 so far; added, because several ids of other ranks may point at one of them.
-        grad_Rv.scatter_add_(-1, columns.index_RK, (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype))
+        grad_RK = (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype)
+        grad_Rv.index_put_(columns.places(), grad_RK, accumulate=True)
         return grad_Rv, None, None, None
 
 
