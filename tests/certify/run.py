@@ -72,7 +72,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     }
     for option, names in allowed.items():
         if unknown := set(getattr(arguments, option) or ()) - set(names):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))}: allowed are {', '.join(names)}")
+            parser.error(f"--{option}: {', '.join(sorted(unknown))}: allowed are {'; '.join(names)}")
     if arguments.write and (arguments.objectives or arguments.on or arguments.cuts):
         parser.error("--write: a certificate is of everything, leave the other options out")
     arguments.on = on

@@ -15,7 +15,7 @@ import pytest
 PROJECT = Path(__file__).parents[2]
 GUIDE = PROJECT / "docs" / "guides" / "add-an-objective.md"
 PLACES = ["megatron_distill/objectives/unsure.py", "configs/objectives/unsure.yaml", "tests/oracles/unsure.py"]
-CUTS = "whole;tp=2, fp64, chunks of 5"
+CUTS = "whole;tp=2, fp64, chunks of 40"
 
 
 def files_of(guide: str) -> dict[str, str]:
