@@ -137,9 +137,13 @@ def test_requirement_files_are_hashed_and_name_no_index() -> None:
         assert "index-url" not in text, file
 
 
-def test_ci_runs_make_test_and_keeps_its_exit_code(tmp_path: Path) -> None:
+def test_ci_runs_its_targets_in_turn_and_keeps_the_exit_code_of_the_first_that_fails(tmp_path: Path) -> None:
     shutil.copytree(PROJECT / ".ci", tmp_path / ".ci")
-    for exit_code in (0, 2):
-        (tmp_path / "Makefile").write_text(f"test:\n\t@echo checked; exit {exit_code}\n")
+    targets = ["test", "slow", "certify"]
+    for failing in [None, *targets]:
+        recipes = [f"{name}:\n\t@echo ran {name}; exit {2 * (name == failing)}\n" for name in targets]
+        (tmp_path / "Makefile").write_text("".join(recipes))
         done = subprocess.run([tmp_path / ".ci/run"], capture_output=True, text=True, env=dict(os.environ), check=False)
-        assert (done.returncode, "checked" in done.stdout) == (exit_code, True)
+        expected = targets if failing is None else targets[: targets.index(failing) + 1]
+        assert [line.removeprefix("ran ") for line in done.stdout.splitlines() if line.startswith("ran ")] == expected
+        assert done.returncode == (0 if failing is None else 2)
