@@ -17,6 +17,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_distill.losses.kinds import Divergence
+from megatron_distill.losses.pointwise import log_mixture_over_student
 from megatron_distill.losses.policy import policy_gradient
 
 
@@ -50,16 +51,10 @@ def _slope(ratio_R: Tensor, kind: Divergence) -> Tensor:
     weight = kind.parameter
     match kind.name:
         case "jsd" if weight < 1:
-            return -(1 - weight) * _log_mixture_over(ratio_R, weight)
+            return -(1 - weight) * log_mixture_over_student(ratio_R, weight)
         case "skew_forward_kl":
-            return -(1 - weight) * (-_log_mixture_over(-ratio_R, 1 - weight)).exp()
+            return -(1 - weight) * (-log_mixture_over_student(-ratio_R, 1 - weight)).exp()
         case "skew_reverse_kl" if weight > 0:
-            over_q_R = _log_mixture_over(ratio_R, 1 - weight)
+            over_q_R = log_mixture_over_student(ratio_R, 1 - weight)
             return -over_q_R - weight * (-over_q_R).exp()
     return -ratio_R
-
-
-def _log_mixture_over(ratio_R: Tensor, weight: float) -> Tensor:
-    """log(m/q), where m = w p + (1-w) q and `ratio_R` is log(p/q): finite for any, exact where p and q are close."""
-    smaller_R = (ratio_R > 0).to(ratio_R.dtype) * (1 - 2 * weight) + weight
-    return ratio_R.clamp(min=0) + (smaller_R * ratio_R.abs().neg().expm1()).log1p()

@@ -147,8 +147,7 @@ def below(own_max_R: Tensor, max_R: Tensor) -> Tensor:
 def all_reduce(tensors: Sequence[Tensor], op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Sequence[Tensor]:
     """Reduce tensors of one shape over `group` in a single collective; none at all where the group is one rank."""
     stacked = torch.stack(list(tensors))
-    if group is not None and group.size() > 1 and stacked.numel():
-        dist.all_reduce(stacked, op=op, group=group)
+    reduce_in_place(stacked, op, group)
     return stacked.unbind()
 
 

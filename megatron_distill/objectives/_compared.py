@@ -26,8 +26,7 @@ class Compared(Supervised):
         super().__post_init__()
         if self.by_sampled_token:
             check_sampled(self.measure)
-            if self.support != "full":
-                raise ValueError(f"support={self.support}: the sampled token compares single log-probs; leave it full")
+            self.refuse_support("the sampled token")
 
     @property
     @abstractmethod

@@ -23,11 +23,6 @@ class Sampled(Supervised):
     ratio is 1; right where each step samples with the newest weights. `rollout`: those that the engine wrote down; the
     ratio then makes up for weights that have moved since, and for an engine that computes a little otherwise."""
 
-    def refuse_support(self, because: str) -> None:
-        """Raises ValueError if `support` is set where no distributions are compared."""
-        if self.support != "full":
-            raise ValueError(f"support={self.support}: {because} compares single log-probs; leave it full")
-
     def old_logp(self, logp_R: Tensor, rows: Responses) -> Tensor:
         """log q_old(y), a constant: [R]. The student's own where somebody else wrote the token."""
         if self.old_logprobs == "current":

@@ -47,6 +47,11 @@ class Supervised(Objective):
         if self.teacher_weights and self.teacher_sources:
             raise ValueError("teacher_weights and teacher_sources: give one of them, not both")
 
+    def refuse_support(self, because: str) -> None:
+        """Raises ValueError if `support` is set where no distributions are compared."""
+        if self.support != "full":
+            raise ValueError(f"support={self.support}: {because} compares single log-probs; leave it full")
+
     @property
     def fidelity(self) -> Fidelity:
         """What `compare` asks of a teacher."""

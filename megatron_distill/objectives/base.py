@@ -241,12 +241,6 @@ def reduction_weights(
     return counted, max(sequences, 1.0)
 
 
-def mean_plan(term: str, batch: Batch, reduction: Reduction) -> Plan:
-    """The plan of an objective with one term, averaged over the whole step."""
-    weights, denominator = reduction_weights(batch, Scope(seed=0, step=0), reduction)
-    return Plan(weights={term: weights}, denominators={term: denominator})
-
-
 def pair_signs(batch: Batch, scope: Scope) -> PerMicro:
     """+1 for chosen and -1 for rejected sequences, [S] per micro-batch; collective.
 

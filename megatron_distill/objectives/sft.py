@@ -21,7 +21,6 @@ from megatron_distill.objectives.base import (
     Scope,
     State,
     group_sums,
-    mean_plan,
     reduction_weights,
 )
 from megatron_distill.types import Batch, Metric, Plan, Responses, TeacherSignal, Term, TokenStats, VocabShard
@@ -44,17 +43,16 @@ class SFT(Objective):
         return Needs(reward=self.keep == "correct")
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
-        if self.keep == "all":
-            return mean_plan("cross_entropy", batch, self.reduction), state
-        # a reward that is not there is NaN, and not above anything
-        right = tuple(micro.reward_S > CORRECT for micro in batch.micro)
-        mask = tuple(right_S[micro.segment_R] for right_S, micro in zip(right, batch.micro, strict=True))
+        mask, metrics = None, ()
+        if self.keep == "correct":
+            # a reward that is not there is NaN, and not above anything
+            right = tuple(micro.reward_S > CORRECT for micro in batch.micro)
+            mask = tuple(right_S[micro.segment_R] for right_S, micro in zip(right, batch.micro, strict=True))
+            kept = float(group_sums(batch, scope, right).sum())
+            metrics = (Metric("objective/kept", kept, batch.counts.sequences),)
         weights, denominator = reduction_weights(batch, scope, self.reduction, mask)
-        kept = float(group_sums(batch, scope, right).sum())
         return Plan(
-            weights={"cross_entropy": weights},
-            denominators={"cross_entropy": denominator},
-            metrics=(Metric("objective/kept", kept, batch.counts.sequences),),
+            weights={"cross_entropy": weights}, denominators={"cross_entropy": denominator}, metrics=metrics
         ), state
 
     def loss(

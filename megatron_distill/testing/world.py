@@ -230,7 +230,7 @@ def _receive(worker: _Worker) -> Any:
     except (EOFError, ConnectionResetError):
         worker.process.join(_GRACE_SECONDS)
         death = RuntimeError(f"{worker.process.name} died with exit code {worker.process.exitcode}")
-        return _Failure(death, "no traceback: the process is gone", at=0.0)
+        return _Failure(death, worker.stacks.read_text() or "no traceback: the process is gone", at=0.0)
 
 
 def _stacks(workers: list[_Worker]) -> str:
@@ -244,6 +244,7 @@ def _stacks(workers: list[_Worker]) -> str:
 def _serve(pipe: Connection, stacks: Path) -> None:
     """The life of a worker: one job after another until the parent closes the pipe."""
     with stacks.open("w") as file:
+        faulthandler.enable(file=file, all_threads=True)  # what a crash of native code leaves behind
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -7,7 +7,7 @@ leaves nothing to go on from, and is learned from as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_distill.data.templates import end_of_sequence
@@ -79,17 +79,19 @@ class Prefixing(Writer):
         """One group per prompt; every response of a group begins alike."""
         longest = self._part.sampling.max_new_tokens if self._part.longest is None else self._part.longest
         length = prefix_length(step, self._part.steps or self._run.steps, longest)
-        chosen = self.take(self._run.prompts_per_step)
-        written = sample(self._tools, [one for group in chosen for one in self._continued(step, length, *group)])
-        whole = [self._whole(group, prompt) for group, prompt in chosen if self._ends_within(length, prompt)]
-        return sorted(written + whole, key=lambda one: (one.rollout.group, one.rollout.sample))
+        wanted, whole = [], []
+        for group, prompt in self.take(self._run.prompts_per_step):
+            tokens = self._teacher_tokens(prompt)
+            if len(tokens) <= length:
+                whole.append(self._whole(group, prompt, tokens))
+            else:
+                wanted += self._continued(step, group, prompt, tokens[:length])
+        return sorted(sample(self._tools, wanted) + whole, key=lambda one: (one.rollout.group, one.rollout.sample))
 
-    def _continued(self, step: int, length: int, group: str, prompt: Prompt) -> Iterable[Wanted]:
-        if self._ends_within(length, prompt):
-            return
-        sampling, start = self._part.sampling, self._teacher_tokens(prompt)[:length]
-        for index in range(self._part.samples_per_prompt):
-            yield Wanted(
+    def _continued(self, step: int, group: str, prompt: Prompt, start: tuple[int, ...]) -> list[Wanted]:
+        sampling = self._part.sampling
+        return [
+            Wanted(
                 prompt=prompt,
                 group=group,
                 sample=index,
@@ -97,13 +99,11 @@ class Prefixing(Writer):
                 key=self.key(step, group, prompt, index),
                 start=Start.by(Origin.TEACHER, start),
             )
+            for index in range(self._part.samples_per_prompt)
+        ]
 
-    def _ends_within(self, length: int, prompt: Prompt) -> bool:
-        """Whether the teacher's response, its end of sequence included, leaves nothing to write."""
-        return min(len(self._teacher_tokens(prompt)), self._part.sampling.max_new_tokens) <= length
-
-    def _whole(self, group: str, prompt: Prompt) -> Scored:
-        tokens = self._teacher_tokens(prompt)[: self._part.sampling.max_new_tokens]
+    def _whole(self, group: str, prompt: Prompt, tokens: tuple[int, ...]) -> Scored:
+        """The teacher's response leaves nothing to write."""
         ended = tokens[-1] == end_of_sequence(self._run.tokenizer)
         return Scored(
             rollout=Rollout(
@@ -121,5 +121,7 @@ class Prefixing(Writer):
         )
 
     def _teacher_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """The teacher's response and its end of sequence, as far as a response may go."""
         text = self._run.tokenizer(prompt.hints[self._part.hint], add_special_tokens=False, verbose=False)
-        return (*text["input_ids"], end_of_sequence(self._run.tokenizer))
+        tokens = (*text["input_ids"], end_of_sequence(self._run.tokenizer))
+        return tokens[: self._part.sampling.max_new_tokens]

@@ -9,7 +9,7 @@ import torch
 
 from megatron_distill.data.packing import pack
 from megatron_distill.errors import ConfigError
-from megatron_distill.objectives.base import Objective, Scope, mean_plan, reduction_weights
+from megatron_distill.objectives.base import Objective, Scope, reduction_weights
 from megatron_distill.objectives.gkd import GKD
 from megatron_distill.objectives.opd import OPD
 from megatron_distill.objectives.sft import SFT
@@ -71,17 +71,17 @@ def test_every_objective_loads_by_its_file_name_with_defaults_alone() -> None:
 
 
 def test_a_token_mean_counts_tokens_of_the_whole_step_not_of_this_rank() -> None:
-    batch = _batch([4, 3, 2], dp_size=2)
-    plan = mean_plan("term", batch, "token_mean")
-    assert plan.denominators == {"term": 9.0}
-    assert sum(weights.sum().item() for weights in plan.weights["term"]) < 9.0
+    weights, denominator = reduction_weights(_batch([4, 3, 2], dp_size=2), Scope(seed=0, step=0), "token_mean")
+    assert denominator == 9.0
+    assert sum(weights_R.sum().item() for weights_R in weights) < 9.0
 
 
 def test_a_sequence_mean_gives_every_sequence_one_vote() -> None:
-    plan = mean_plan("term", _batch([4, 1, 5], budget=7), "sequence_mean")
-    assert plan.denominators == {"term": 3.0}
-    assert len(plan.weights["term"]) > 1
-    assert sorted(torch.cat(plan.weights["term"]).tolist()) == pytest.approx([0.2] * 5 + [0.25] * 4 + [1.0])
+    batch = _batch([4, 1, 5], budget=7)
+    weights, denominator = reduction_weights(batch, Scope(seed=0, step=0), "sequence_mean")
+    assert denominator == 3.0
+    assert len(weights) > 1
+    assert sorted(torch.cat(weights).tolist()) == pytest.approx([0.2] * 5 + [0.25] * 4 + [1.0])
 
 
 def test_the_sampled_token_objective_refuses_tokens_the_student_did_not_sample() -> None:
