@@ -34,10 +34,10 @@ check: setup  ## lint, formatting, types
 	@$(python) -m mypy
 
 test: check  ## check, then the tests; TESTS="tests/unit/losses -k kl" chooses
-	@$(python) -m pytest -m "not slow and not gpu" $(TESTS)
+	@$(python) -m pytest -m "not slow and not gpu and not sglang" $(TESTS)
 
 slow: setup  ## the tests that take minutes; TESTS chooses here too
-	@$(python) -m pytest -m "slow and not gpu" $(TESTS)
+	@$(python) -m pytest -m "slow and not gpu and not sglang" $(TESTS)
 
 certify: setup  ## hold every objective to its oracle under every cut; writes docs/certificates.*
 	@$(python) -m tests.certify.run $(CERTIFY)

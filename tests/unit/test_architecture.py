@@ -24,6 +24,7 @@ ONLY_IN = {
     "megatron": {"runtime", "models"},
     "transformer_engine": {"runtime"},
     "sglang": set(),
+    "aiohttp": {"rollout"},
     "nemo_run": set(),
     "launch": set(),
     "tools": set(),
