@@ -68,6 +68,15 @@ class Prompt:
     """Name of the data source, for several teachers by source."""
 
 
+def versions_of(version: int, versions: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """One version per token; none given means that `version` wrote them all."""
+    if not versions:
+        return (version,) * tokens
+    assert len(versions) == tokens, f"{len(versions)} versions for {tokens} tokens"
+    assert min(versions) == version, f"version={version}: must be the oldest of {sorted(set(versions))}"
+    return versions
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response to one prompt; token ids are those the engine sampled, never re-tokenised text."""
@@ -84,9 +93,15 @@ class Rollout:
     origin: tuple[Origin, ...]
     stop: Stop
     version: int
-    """Optimizer steps behind the weights that wrote it."""
+    """Optimizer steps behind the oldest weights that wrote any of it."""
+    versions: tuple[int, ...] = ()
+    """The same for each token, where the weights changed while it was written; left out, `version` wrote it all.
+    Tokens that the student did not sample have `version`."""
     text: str = ""
     """What the verifier reads, and people: the response without special tokens, or the part of it that is judged."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", versions_of(self.version, self.versions, len(self.tokens)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _record(one: Scored, step: int) -> dict[str, Any]:
         "step": step,
         "group": rollout.group,
         "sample": rollout.sample,
-        "version": rollout.version,
+        "version": rollout.version if len(set(rollout.versions)) <= 1 else _runs(rollout.versions),
         "reward": one.reward,
         "stop": rollout.stop.value,
         "text": rollout.text,
@@ -86,6 +87,7 @@ def _scored(record: Mapping[str, Any]) -> Scored:
     tokens = tuple(map(int, record["tokens"]))
     logprobs = record["logprobs"]
     origin = record["origin"]
+    versions = _unrolled(record["version"])
     return Scored(
         rollout=Rollout(
             prompt=Prompt(
@@ -102,7 +104,8 @@ def _scored(record: Mapping[str, Any]) -> Scored:
             logprobs=None if logprobs is None else tuple(map(float, logprobs)),
             origin=(Origin(origin),) * len(tokens) if isinstance(origin, int) else tuple(map(Origin, origin)),
             stop=Stop(record["stop"]),
-            version=int(record["version"]),
+            version=min(versions),
+            versions=versions if len(versions) > 1 else (),
             text=record["text"],
         ),
         reward=None if record["reward"] is None else float(record["reward"]),
@@ -113,3 +116,15 @@ def _scored(record: Mapping[str, Any]) -> Scored:
 def _shorten(origin: tuple[Origin, ...]) -> int | list[int]:
     """One number where a single hand wrote every token."""
     return int(origin[0]) if len(set(origin)) == 1 else [int(one) for one in origin]
+
+
+def _runs(versions: tuple[int, ...]) -> list[list[int]]:
+    """[version, how many tokens in a row it wrote], in order: weights change seldom while a response is written."""
+    return [[version, len(list(tokens))] for version, tokens in groupby(versions)]
+
+
+def _unrolled(version: int | list[list[int]]) -> tuple[int, ...]:
+    """One version per token, or a single one that wrote everything."""
+    if isinstance(version, int):
+        return (version,)
+    return tuple(one for one, tokens in version for _ in range(tokens))

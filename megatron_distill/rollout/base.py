@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from megatron_distill.types import Stop
+from megatron_distill.types import Stop, versions_of
 
 type Key = tuple[int | str, ...]
 """Names one draw of randomness, e.g. (run seed, step, group, prompt id, sample index)."""
@@ -67,6 +67,12 @@ class Completion:
     """At `Sampling.logprob_temperature`, over the whole vocabulary whatever top_p and top_k leave out."""
     stop: Stop
     version: int
+    """Optimizer steps behind the oldest weights that wrote any of it."""
+    versions: tuple[int, ...] = ()
+    """The same for each token, where the weights changed while it was written; left out, `version` wrote it all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "versions", versions_of(self.version, self.versions, len(self.tokens)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,17 +45,23 @@ class Start:
     origin: tuple[Origin, ...] = ()
     logprobs: tuple[float, ...] = ()
     """NaN where nobody sampled the token."""
+    versions: tuple[int | None, ...] = ()
+    """Of the weights that sampled each token; None where nobody did."""
 
     @staticmethod
     def by(origin: Origin, tokens: tuple[int, ...]) -> Start:
         """Tokens that the student did not sample."""
-        return Start(tokens=tokens, origin=(origin,) * len(tokens), logprobs=(float("nan"),) * len(tokens))
+        count = len(tokens)
+        return Start(
+            tokens=tokens, origin=(origin,) * count, logprobs=(float("nan"),) * count, versions=(None,) * count
+        )
 
     def __add__(self, other: Start) -> Start:
         return Start(
             tokens=self.tokens + other.tokens,
             origin=self.origin + other.origin,
             logprobs=self.logprobs + other.logprobs,
+            versions=self.versions + other.versions,
         )
 
 
@@ -121,6 +127,8 @@ def _write(tools: Tools, wanted: Sequence[Wanted]) -> list[tuple[Completion, str
 
 
 def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Scored:
+    versions = (*wanted.start.versions, *done.versions)
+    oldest = min((one for one in versions if one is not None), default=done.version)
     return Scored(
         rollout=Rollout(
             prompt=wanted.prompt,
@@ -130,7 +138,8 @@ def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Sc
             logprobs=wanted.start.logprobs + done.logprobs,
             origin=wanted.start.origin + (Origin.STUDENT,) * len(done.tokens),
             stop=done.stop,
-            version=done.version,
+            version=oldest,
+            versions=tuple(oldest if one is None else one for one in versions),
             text=text,
         ),
         reward=verdict.reward,

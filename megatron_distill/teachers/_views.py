@@ -186,13 +186,15 @@ class View:
 
 def shortened(one: Scored, length: int) -> Scored:
     """The first `length` tokens of a response, without its end; the fact `ENDED` says whether it had one."""
-    rollout = one.rollout
+    rollout, versions = one.rollout, one.rollout.versions[:length]
     cut = replace(
         rollout,
         tokens=rollout.tokens[:length],
         logprobs=None if rollout.logprobs is None else rollout.logprobs[:length],
         origin=rollout.origin[:length],
         stop=Stop.LENGTH,
+        version=min(versions),
+        versions=versions,
     )
     ended = one.facts.get(ENDED, float(rollout.stop is Stop.EOS))  # several teachers may cut, one after the other
     return replace(one, rollout=cut, facts={**one.facts, ENDED: ended})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_distill.types import Counts, Metric, Scored, StepReport, Stop
+from megatron_distill.types import Counts, Metric, Origin, Rollout, Scored, StepReport, Stop
 
 
 def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
@@ -14,7 +14,7 @@ def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
     metrics = [
         Metric("rollout/length_mean", sum(len(one.tokens) for one in rollouts), len(rollouts)),
         Metric("rollout/truncated", sum(one.stop is Stop.LENGTH for one in rollouts), len(rollouts)),
-        Metric("rollout/staleness", sum(step - one.version for one in rollouts), len(rollouts)),
+        *describe_staleness(rollouts, step),
     ]
     rewards = [one.reward for one in scored if one.reward is not None]
     if rewards:
@@ -39,6 +39,22 @@ def describe_rollouts(scored: Sequence[Scored], step: int) -> list[Metric]:
         values = [one.facts[fact] for one in scored if fact in one.facts]
         metrics.append(Metric(fact, math.fsum(values), len(values)))
     return metrics
+
+
+def describe_staleness(rollouts: Sequence[Rollout], step: int) -> list[Metric]:
+    """By how many updates the weights that sampled the student's tokens were behind: on average, and at most."""
+    ages = [
+        step - version
+        for one in rollouts
+        for version, origin in zip(one.versions, one.origin, strict=True)
+        if origin is Origin.STUDENT
+    ]
+    if not ages:
+        return []
+    return [
+        Metric("rollout/staleness_mean", sum(ages), len(ages)),
+        Metric("rollout/staleness_max", max(ages)),
+    ]
 
 
 def describe_cuts(scored: Sequence[Scored], fitting: Sequence[Scored]) -> list[Metric]:

@@ -129,7 +129,12 @@ class Revising(Writer):
         rollout = first.rollout
         assert rollout.logprobs is not None
         assert first.reward is not None
-        answer = Start(tokens=rollout.tokens[:-1], origin=rollout.origin[:-1], logprobs=rollout.logprobs[:-1])
+        answer = Start(
+            tokens=rollout.tokens[:-1],
+            origin=rollout.origin[:-1],
+            logprobs=rollout.logprobs[:-1],
+            versions=rollout.versions[:-1],
+        )
         return answer + Start.by(Origin.CONSTRUCTED, self._part.phrases.tokens(self._run.tokenizer, first.reward))
 
     def _revisions(self, step: int, first: Scored) -> list[Wanted]:

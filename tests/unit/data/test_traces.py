@@ -1,4 +1,6 @@
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,23 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     write_traces(tmp_path / "traces", 12, STEP[:1])
     assert read_traces(tmp_path / "traces") == {3: STEP, 12: STEP[:1]}
     assert read_traces(path) == {3: STEP}
+
+
+def test_versions_are_kept_per_token_and_written_in_runs(tmp_path: Path) -> None:
+    first = STEP[0].rollout
+    mixed = replace(STEP[0], rollout=replace(first, version=6, versions=(6, 7, 7)))
+    path = write_traces(tmp_path, 3, [mixed, STEP[1]])
+    assert [json.loads(line)["version"] for line in path.read_text().split("\n")[:-1]] == [[[6, 1], [7, 2]], 7]
+    assert read_traces(path) == {3: [mixed, STEP[1]]}
+    assert [one.rollout.versions for one in read_traces(path)[3]] == [(6, 7, 7), (7, 7, 7)]
+
+
+def test_version_is_the_oldest_of_the_tokens() -> None:
+    first = STEP[0].rollout
+    with pytest.raises(AssertionError, match="version=7: must be the oldest"):
+        replace(first, versions=(6, 7, 7))
+    with pytest.raises(AssertionError, match="2 versions for 3 tokens"):
+        replace(first, versions=(7, 7))
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
