@@ -62,7 +62,8 @@ def program(path: Path, text: str) -> None:
 def machine(tmp_path: Path) -> Machine:
     project = tmp_path / "a clone"
     (project / "tools").mkdir(parents=True)
-    shutil.copy(PROJECT / "tools/setup.sh", project / "tools")
+    for script in ("setup.sh", "setup_parts.sh"):
+        shutil.copy(PROJECT / "tools" / script, project / "tools")
     shutil.copytree(PROJECT / "requirements", project / "requirements")
     shutil.copy(PROJECT / "pyproject.toml", project)
     programs, home = tmp_path / "bin", tmp_path / "home"
