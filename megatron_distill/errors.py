@@ -29,5 +29,49 @@ class EngineError(DistillError, RuntimeError):
     """A rollout engine that gave no usable answer."""
 
 
+class ServerError(EngineError):
+    """Something between this process and one server.
+
+    `server` is its address, `request` the id of what it was asked, empty if it was nothing in particular. Instances
+    can be pickled, so that every rank can raise what one of them met.
+    """
+
+    def __init__(self, message: str, *, server: str = "", request: str = "") -> None:
+        super().__init__(message)
+        self.server = server
+        self.request = request
+
+
+class ServerLost(ServerError):
+    """A server that does not listen, hung up, cut its answer short or no longer reacts: dead, or about to be.
+
+    The same may be asked again, of another server or of this one once it runs again.
+    """
+
+
+class ServerFailed(ServerError):
+    """A server that runs and says itself that something went wrong there (5xx); it may be asked again, a few times."""
+
+
+class RequestRefused(ServerError):
+    """A request that no server will ever take: refused by one (4xx, in `status`), or here, before it was sent."""
+
+    def __init__(self, message: str, *, server: str = "", request: str = "", status: int | None = None) -> None:
+        super().__init__(message, server=server, request=request)
+        self.status = status
+
+
+class RequestTimedOut(ServerError):
+    """A request that was not answered in time and was aborted, by a server that still reacts."""
+
+
+class BadAnswer(ServerError):
+    """An answer that is not what the server's version of SGLang is known to give."""
+
+
+class WrongWeights(ServerError):
+    """An answer by weights that this run did not announce; it must not be used."""
+
+
 class RewardError(DistillError, RuntimeError):
     """A verifier that could not be started, or keeps dying."""
