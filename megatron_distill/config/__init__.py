@@ -4,7 +4,7 @@ Importing this imports torch, and neither Megatron nor an engine: a config is ch
 """
 
 from megatron_distill.config.reference import reference, schema
-from megatron_distill.config.rules import check, model_folders
+from megatron_distill.config.rules import check, mesh_folders, model_folders
 from megatron_distill.config.run import RunConfig, dump, load, save, tree
 from megatron_distill.config.sections import MetricsSection, PathsSection, TrainSection
 
@@ -16,6 +16,7 @@ __all__ = [
     "check",
     "dump",
     "load",
+    "mesh_folders",
     "model_folders",
     "reference",
     "save",

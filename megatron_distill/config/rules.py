@@ -12,17 +12,19 @@ from pathlib import Path
 from megatron_distill.config.read import kind_of
 from megatron_distill.config.run import RunConfig
 from megatron_distill.errors import ConfigError, ModelError
-from megatron_distill.models.spec import ModelSpec
+from megatron_distill.models.spec import ModelLimits, ModelSpec
 from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.start import world_size
-from megatron_distill.types import Origin
+from megatron_distill.types import Fidelity, Origin
 
 REFERENCE = "reference"
 """The name of a teacher that the student is only kept near to."""
 
 type Models = dict[str, ModelSpec]
-"""By where the config names it."""
+"""Those that the ranks hold, by where the config names them."""
+type Limits = dict[str, ModelLimits]
+"""Of all models, by where the config names them."""
 
 
 def check(run: RunConfig) -> None:
@@ -33,13 +35,19 @@ def check(run: RunConfig) -> None:
     """
     broken = [rule(run) for rule in RULES]
     models: Models = {}
+    limits: Limits = {}
+    held = dict(mesh_folders(run))
     for place, folder in model_folders(run):
         try:
-            models[place] = ModelSpec.from_folder(folder)
+            if place in held:
+                models[place] = ModelSpec.from_folder(folder)
+            limits[place] = ModelLimits.from_folder(folder)
         except ModelError as error:
             broken.append(f"{place}: {error}")
     if models:
         broken += [rule(run, models) for rule in MODEL_RULES]
+    if limits:
+        broken += [rule(run, limits) for rule in LIMIT_RULES]
     if complaints := [complaint for complaint in broken if complaint]:
         raise ConfigError("\n".join(complaints))
 
@@ -50,6 +58,12 @@ def model_folders(run: RunConfig) -> Iterator[tuple[str, Path]]:
     for name, teacher in run.teachers.items():
         if teacher.folder is not None:
             yield f"teachers.{name}.model", teacher.folder
+
+
+def mesh_folders(run: RunConfig) -> Iterator[tuple[str, Path]]:
+    """Those of `model_folders` whose weights the ranks read."""
+    elsewhere = {f"teachers.{name}.model" for name, teacher in run.teachers.items() if not teacher.beside_student}
+    yield from ((place, folder) for place, folder in model_folders(run) if place not in elsewhere)
 
 
 def objective_needs_a_teacher(run: RunConfig) -> str | None:
@@ -73,8 +87,36 @@ def teachers_say_enough(run: RunConfig) -> str | None:
     for name, teacher in run.teachers.items():
         if teacher.provides < needed:
             return (
-                f"teachers.{name}.kind={kind_of(teacher)} gives {teacher.provides.name.lower()} signals, "
-                f"{_objective(run)} asks for {needed.name.lower()}: use kind=frozen, or another setting of objective"
+                f"teachers.{name}.kind={kind_of(teacher)} with these settings gives "
+                f"{_SIGNALS[teacher.provides]}, {_objective(run)} asks for {_SIGNALS[needed]}: "
+                f"{_richer(run, name, needed)}, or kind=frozen"
+            )
+    return None
+
+
+def teachers_name_as_many_ids_as_the_objective_compares(run: RunConfig) -> str | None:
+    wanted = getattr(run.objective, "top_k", 0)
+    if run.objective.needs.teacher is not Fidelity.TOP_K:
+        return None
+    for name, teacher in run.teachers.items():
+        named = getattr(teacher, "top_k", 0)
+        if teacher.provides is Fidelity.TOP_K and named < wanted:
+            return (
+                f"teachers.{name}.top_k={named}: {_objective(run)} with top_k={wanted} compares more ids than the "
+                f"teacher names: set teachers.{name}.top_k={wanted}, or lower objective.top_k"
+            )
+    return None
+
+
+def teachers_speak_at_the_temperature_of_the_objective(run: RunConfig) -> str | None:
+    if run.objective.needs.teacher is None or run.objective.temperature == 1:
+        return None
+    for name, teacher in run.teachers.items():
+        if teacher.provides < Fidelity.FULL:
+            return (
+                f"objective.temperature={run.objective.temperature}: teachers.{name}.kind={kind_of(teacher)} gives "
+                "log-probs at temperature 1, and what it does not say would be needed to change that: set "
+                "objective.temperature=1 (and rollout.sampling.temperature=1), or kind=frozen"
             )
     return None
 
@@ -254,17 +296,23 @@ def pp_divides_the_models(run: RunConfig, models: Models) -> str | None:
     )
 
 
-def top_k_is_within_the_vocabulary(run: RunConfig, models: Models) -> str | None:
-    k, smallest = getattr(run.objective, "top_k", 0), min(spec.vocab_size for spec in models.values())
-    if k <= smallest or getattr(run.objective, "support", "full") == "full":
-        return None
-    return f"objective.top_k={k}: more than the {smallest} ids that all models have: set it to {smallest} or less"
+def top_k_is_within_the_vocabulary(run: RunConfig, limits: Limits) -> str | None:
+    smallest = min(model.vocab_size for model in limits.values())
+    asked = {f"teachers.{name}.top_k": getattr(teacher, "top_k", 0) for name, teacher in run.teachers.items()}
+    if getattr(run.objective, "support", "full") != "full":
+        asked = {"objective.top_k": getattr(run.objective, "top_k", 0), **asked}
+    for setting, k in asked.items():
+        if k > smallest:
+            return f"{setting}={k}: more than the {smallest} ids that all models have: set it to {smallest} or less"
+    return None
 
 
 RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_needs_a_teacher,
     objective_reads_its_teachers,
     teachers_say_enough,
+    teachers_name_as_many_ids_as_the_objective_compares,
+    teachers_speak_at_the_temperature_of_the_objective,
     teachers_have_the_names_that_the_objective_uses,
     teachers_are_shown_what_there_is,
     teachers_know_more_than_the_student,
@@ -285,12 +333,30 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
 MODEL_RULES: tuple[Callable[[RunConfig, Models], str | None], ...] = (
     tp_divides_the_models,
     pp_divides_the_models,
-    top_k_is_within_the_vocabulary,
 )
+LIMIT_RULES: tuple[Callable[[RunConfig, Limits], str | None], ...] = (top_k_is_within_the_vocabulary,)
 
 
 def _objective(run: RunConfig) -> str:
     return f"objective.kind={kind_of(run.objective)}"
+
+
+_SIGNALS = {
+    Fidelity.TOKEN: "the response token's log-prob",
+    Fidelity.TOP_K: "the likeliest ids",
+    Fidelity.FULL: "the whole distribution",
+}
+
+
+def _richer(run: RunConfig, name: str, needed: Fidelity) -> str:
+    """What would make a teacher's signal enough."""
+    if needed is Fidelity.TOP_K:
+        return f"set teachers.{name}.top_k={getattr(run.objective, 'top_k', 64)}"
+    if getattr(run.objective, "entropy_of", None) == "full":
+        return f"set objective.entropy_of=top_k objective.support=top_k teachers.{name}.top_k={run.objective.top_k}"  # type: ignore[attr-defined]
+    if getattr(run.objective, "support", None) == "full":
+        return f"set objective.support=top_k objective.top_k=64 teachers.{name}.top_k=64"
+    return "use another setting of objective"
 
 
 def _rollout(run: RunConfig) -> str:

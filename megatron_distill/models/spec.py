@@ -136,6 +136,27 @@ class ModelSpec:
         return torch.where((wavelength >= shortest) & (wavelength <= longest), between, scaled)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLimits:
+    """What a model can read, whatever its family: all that is asked of one that another program runs."""
+
+    vocab_size: int
+    max_positions: int
+
+    @staticmethod
+    def from_folder(path: str | Path) -> ModelLimits:
+        """Read `path/config.json`; a model of several modalities has the numbers under `text_config`.
+
+        Raises:
+            ModelError: no such folder, no config.json in it, not JSON, or a number is missing.
+        """
+        config, where = read_config(path), Path(path) / "config.json"
+        text = {**config, **(config.get("text_config") or {})}
+        return ModelLimits(
+            vocab_size=_count(text, "vocab_size", where), max_positions=_count(text, "max_position_embeddings", where)
+        )
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The parsed `config.json` of a model folder.
 

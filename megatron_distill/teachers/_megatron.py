@@ -58,6 +58,9 @@ class MegatronTeacher:
     def restored(self) -> None:
         """Nothing."""
 
+    def close(self) -> None:
+        """Nothing."""
+
     def _hidden(self, micro: Sequence[MicroBatch]) -> tuple[Tensor, ...]:
         return self.network.read_responses(micro, lambda hidden_RH, rows, index: hidden_RH)
 

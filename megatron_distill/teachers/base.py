@@ -34,14 +34,25 @@ class Teacher(Protocol):
     def restored(self) -> None:
         """Told that a checkpoint has filled `kept`."""
 
+    def close(self) -> None:
+        """End the processes that it started; nothing where it started none."""
+
 
 class TeacherPart(ABC):
     """One entry of section `teachers`; fields are settings."""
 
-    provides: ClassVar[Fidelity]
-    """The richest signal it gives; an objective that needs more is refused when the config is loaded."""
+    beside_student: ClassVar[bool] = True
+    """Whether its model is cut over the student's mesh."""
     view: View
     """What it reads before the response."""
+
+    @property
+    @abstractmethod
+    def provides(self) -> Fidelity:
+        """The richest signal it gives; an objective that needs more is refused when the config is loaded.
+
+        Signals poorer than `FULL` are of the model itself, at temperature 1.
+        """
 
     @property
     @abstractmethod
@@ -49,5 +60,13 @@ class TeacherPart(ABC):
         """Model folder whose tokenizer and vocabulary must be the student's; None when it is the student itself."""
 
     @abstractmethod
-    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> Teacher:
-        """Load it into the student's mesh; signals are laid out on the student's cut of the vocabulary."""
+    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase, logs: Path | None = None) -> Teacher:
+        """Load it into the student's mesh, or find it where it is served; collective.
+
+        Signals are laid out on the student's cut of the vocabulary, or name its ids.
+
+        Args:
+            student: whom it teaches.
+            tokenizer: of both.
+            logs: folder for the logs of processes that it starts; None: one that goes with them.
+        """

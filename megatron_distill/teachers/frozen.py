@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 class FrozenPart(TeacherPart):
     """A Megatron model in the student's mesh whose weights never change."""
 
-    provides: ClassVar[Fidelity] = Fidelity.FULL
-
     model: Path
     """Hugging Face folder of the teacher."""
     trust_remote_code: bool = False
@@ -39,11 +37,18 @@ class FrozenPart(TeacherPart):
     """What it reads before the response."""
 
     @property
+    def provides(self) -> Fidelity:
+        """All of it."""
+        return Fidelity.FULL
+
+    @property
     def folder(self) -> Path:
         """Where its tokenizer lies."""
         return self.model
 
-    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> MegatronTeacher:
+    def connect(
+        self, student: Student, tokenizer: PreTrainedTokenizerBase, logs: Path | None = None
+    ) -> MegatronTeacher:
         """Load the weights on every rank of the mesh."""
         runtime, partition = student.network.runtime, student.partition
         network = Network.load(self.model, runtime, valid_vocab=partition.valid)

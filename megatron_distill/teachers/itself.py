@@ -6,7 +6,8 @@ With the student's own context this teaches nothing; it is for views that show t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -27,8 +28,6 @@ type Weights = Literal["live", "frozen", "ema", "refreshed"]
 class ItselfPart(TeacherPart):
     """The student's own network, in the student's mesh; needs no second folder."""
 
-    provides: ClassVar[Fidelity] = Fidelity.FULL
-
     weights: Weights = "frozen"
     """`live`: the student's, at no cost in memory. `frozen`: those it started from. `ema`: an average over its steps.
     `refreshed`: a copy, renewed `every` so many steps."""
@@ -46,10 +45,15 @@ class ItselfPart(TeacherPart):
             raise ValueError(f"every={self.every}: must be at least 1")
 
     @property
+    def provides(self) -> Fidelity:
+        """All of it."""
+        return Fidelity.FULL
+
+    @property
     def folder(self) -> None:
         """It is the student."""
 
-    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase) -> Itself:
+    def connect(self, student: Student, tokenizer: PreTrainedTokenizerBase, logs: Path | None = None) -> Itself:
         """With the weights that the student has now."""
         network, averages = student.network, None
         if self.weights != "live":

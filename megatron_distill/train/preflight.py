@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_distill.config import RunConfig, model_folders
+from megatron_distill.config import RunConfig, mesh_folders, model_folders
 from megatron_distill.data.prompts import Prompts, load_prompts
 from megatron_distill.data.templates import compare, end_of_sequence, load_tokenizer, stop_ids
 from megatron_distill.errors import DataError, DistillError, ModelError
 from megatron_distill.models.hf.io import SafetensorsFolder
 from megatron_distill.models.hf.stage import check_folder
-from megatron_distill.models.spec import ModelSpec
+from megatron_distill.models.spec import ModelLimits, ModelSpec
 from megatron_distill.rollout.demonstrate import check_solutions, solution_lengths
 from megatron_distill.rollout.sample import check_answers
 from megatron_distill.rollout.sources._writing import Writing
@@ -48,8 +48,8 @@ def preflight(run: RunConfig) -> list[str]:
 
 
 def check_weights(run: RunConfig) -> list[str]:
-    """Every model folder holds safetensors, and those that its config.json asks for."""
-    for _, folder in model_folders(run):
+    """Every model folder that the ranks read holds safetensors, and those that its config.json asks for."""
+    for _, folder in mesh_folders(run):
         check_folder(ModelSpec.from_folder(folder), SafetensorsFolder(folder))
     return []
 
@@ -70,7 +70,7 @@ def check_vocabulary(run: RunConfig) -> list[str]:
     tokenizer = student_tokenizer(run)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     for place, folder in model_folders(run):
-        rows = ModelSpec.from_folder(folder).vocab_size
+        rows = ModelLimits.from_folder(folder).vocab_size
         if largest >= rows:
             raise ModelError(
                 f"{run.student.model}: the tokenizer's id {largest} ({token!r}) is outside the vocabulary of {place}, "
@@ -172,7 +172,7 @@ def check_replay(run: RunConfig, source: Replay) -> None:
 
 def shared_vocab(run: RunConfig) -> int:
     """Ids that the student and all teachers know: no other id gets probability anywhere in the run."""
-    return min(ModelSpec.from_folder(folder).vocab_size for _, folder in model_folders(run))
+    return min(ModelLimits.from_folder(folder).vocab_size for _, folder in model_folders(run))
 
 
 def student_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
@@ -182,7 +182,7 @@ def student_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
 
 def _fewest_positions(run: RunConfig) -> tuple[str, int]:
     """The model that was made for the shortest sequences, and their length."""
-    positions = {place: ModelSpec.from_folder(folder).max_positions for place, folder in model_folders(run)}
+    positions = {place: ModelLimits.from_folder(folder).max_positions for place, folder in model_folders(run)}
     return min(positions.items(), key=lambda item: item[1])
 
 

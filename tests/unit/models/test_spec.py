@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_distill.errors import ModelError
-from megatron_distill.models.spec import ModelSpec, RopeScaling
+from megatron_distill.models.spec import ModelLimits, ModelSpec, RopeScaling
 
 SIZES: dict[str, Any] = {
     "vocab_size": 331,
@@ -131,3 +131,14 @@ def test_folder_errors_say_what_is_wrong(tmp_path: Path) -> None:
         ModelSpec.from_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
     assert ModelSpec.from_folder(tmp_path).family == "qwen2"
+
+
+def test_limits_are_read_of_any_family(tmp_path):
+    numbers = {"vocab_size": 300, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_moe", **numbers}))
+    assert ModelLimits.from_folder(tmp_path) == ModelLimits(vocab_size=300, max_positions=64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "some_vision", "text_config": numbers}))
+    assert ModelLimits.from_folder(tmp_path) == ModelLimits(vocab_size=300, max_positions=64)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 300}))
+    with pytest.raises(ModelError, match="max_position_embeddings=None: must be a positive whole number"):
+        ModelLimits.from_folder(tmp_path)
