@@ -73,5 +73,13 @@ class WrongWeights(ServerError):
     """An answer by weights that this run did not announce; it must not be used."""
 
 
+class SyncError(EngineError):
+    """New weights that did not reach every server; `servers` are the addresses that were lost or silent, if any."""
+
+    def __init__(self, message: str, *, servers: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.servers = servers
+
+
 class RewardError(DistillError, RuntimeError):
     """A verifier that could not be started, or keeps dying."""

@@ -84,6 +84,11 @@ class Fleet:
         """Addresses of the servers that get work."""
         return [url for url, server in self._servers.items() if server.serving]
 
+    @property
+    def lost(self) -> list[str]:
+        """Addresses of those that do not."""
+        return [url for url, server in self._servers.items() if not server.serving]
+
     def withdraw(self, url: str, why: EngineError) -> None:
         """Give a server no more work and ask others for what it owes; `on_lost` is told if it was serving."""
         server = self._servers[url]
@@ -136,17 +141,27 @@ class Fleet:
 
         return await _all([one(index, request) for index, request in enumerate(requests)])
 
-    async def score_all(self, given: Sequence[Given], top_k: int = 0) -> list[Scores]:
+    async def score_all(
+        self, given: Sequence[Given], top_k: int = 0, on_done: Callable[[int, Scores], None] | None = None
+    ) -> list[Scores]:
         """Log-probs of each, in order; whose weights they are is in `Scores.version` and not compared.
+
+        Args:
+            given: tokens and from where on they are scored.
+            top_k: likeliest ids at each place; 0 for none.
+            on_done: called with each index, exactly once, as soon as it is answered.
 
         Raises:
             EngineError: as `generate_all`.
         """
 
-        async def one(what: Given) -> Scores:
-            return await self._ask(lambda client, rid: client.score(what, rid, top_k))
+        async def one(index: int, what: Given) -> Scores:
+            found = await self._ask(lambda client, rid: client.score(what, rid, top_k))
+            if on_done is not None:
+                on_done(index, found)
+            return found
 
-        return await _all([one(what) for what in given])
+        return await _all([one(index, what) for index, what in enumerate(given)])
 
     async def abort_all(self) -> None:
         """Stop everything in flight; its callers get what was written, what still waits for a place is sent later."""

@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_distill.errors import BadAnswer, RequestRefused, RequestTimedOut, ServerFailed, ServerLost
@@ -21,6 +22,9 @@ from megatron_distill.rollout.base import Completion, Given, Request
 from megatron_distill.rollout.wire import Scores, ServerInfo
 
 __all__ = ["Address", "Client", "Limits", "Scores", "ServerInfo"]
+
+_LEFT_ALONE = {"flush_cache": False, "abort_all_requests": False}
+"""What an update must not do by itself: one bucket is not the whole."""
 
 
 class Client(Connection):
@@ -232,64 +236,84 @@ class Client(Connection):
         return True
 
     async def init_group(
-        self, *, host: str, port: int, rank_offset: int, world_size: int, name: str, backend: Literal["gloo", "nccl"]
+        self,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        group: str,
+        backend: str,
+        timeout: float | None = None,
     ) -> None:
-        """Join a process group for weights; answers when all ranks have joined."""
+        """Join a process group for weights; answers when all ranks have joined.
+
+        Args:
+            address: host of the group's rank 0.
+            port: where it listens.
+            rank_offset: rank of this server's first worker.
+            world_size: of the group.
+            group: its name.
+            backend: `gloo` or `nccl`.
+            timeout: in seconds; default `limits.update_seconds`, as in every call that moves weights.
+        """
         body = {
-            "master_address": host,
+            "master_address": address,
             "master_port": port,
             "rank_offset": rank_offset,
             "world_size": world_size,
-            "group_name": name,
+            "group_name": group,
             "backend": backend,
         }
-        await self._update("/init_weights_update_group", body)
+        await self._update("/init_weights_update_group", body, timeout)
 
-    async def destroy_group(self, name: str) -> None:
+    async def destroy_group(self, group: str, *, timeout: float | None = None) -> None:
         """Leave a process group for weights."""
-        await self._update("/destroy_weights_update_group", {"group_name": name})
+        await self._update("/destroy_weights_update_group", {"group_name": group}, timeout)
 
     async def update_distributed(
-        self, *, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], group: str
+        self,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group: str,
+        timeout: float | None = None,
     ) -> None:
-        """Receive one bucket over a process group, tensor after tensor; the cache is left alone.
+        """Receive one bucket over a process group, tensor after tensor; cache and requests under way are left alone.
 
         Args:
             names: of the parameters, as Hugging Face calls them.
             dtypes: such as `float32`, `bfloat16`.
             shapes: of whole tensors.
             group: which was joined by `init_group`.
+            timeout: in seconds.
         """
         body = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
             "group_name": group,
-            "flush_cache": False,
-            "abort_all_requests": False,
+            **_LEFT_ALONE,
         }
-        await self._update("/update_weights_from_distributed", body)
+        await self._update("/update_weights_from_distributed", body, timeout)
 
-    async def update_tensor(self, payloads: Sequence[str], *, load_format: str | None = None) -> None:
-        """Take one bucket from serialised tensors, one payload per tensor-parallel rank; the cache is left alone."""
-        body = {
-            "serialized_named_tensors": list(payloads),
-            "load_format": load_format,
-            "flush_cache": False,
-            "abort_all_requests": False,
-        }
-        await self._update("/update_weights_from_tensor", body)
+    async def update_tensor(
+        self, payloads: Sequence[str], *, load_format: str | None = None, timeout: float | None = None
+    ) -> None:
+        """Take one bucket of serialised tensors, one payload per tensor-parallel rank of the server."""
+        body = {"serialized_named_tensors": list(payloads), "load_format": load_format, **_LEFT_ALONE}
+        await self._update("/update_weights_from_tensor", body, timeout)
 
-    async def update_disk(self, folder: str, *, version: str | None = None) -> None:
-        """Load all weights from a folder that the server can read; the version changes with them, if given."""
-        body = {"model_path": folder, "flush_cache": False, "abort_all_requests": False, "weight_version": version}
-        await self._update("/update_weights_from_disk", body)
+    async def update_disk(self, folder: Path | str, *, timeout: float | None = None) -> None:
+        """Load all weights from a folder that the server can read."""
+        await self._update("/update_weights_from_disk", {"model_path": str(folder), **_LEFT_ALONE}, timeout)
 
     async def set_version(self, version: str) -> None:
         """Name the weights that the server holds; requests under way are left alone."""
         await self._update("/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
-    async def _update(self, path: str, body: dict[str, Any]) -> None:
-        answer = await self.call("POST", path, body, seconds=self.limits.update_seconds)
+    async def _update(self, path: str, body: dict[str, Any], timeout: float | None = None) -> None:
+        answer = await self.call("POST", path, body, seconds=timeout or self.limits.update_seconds)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise ServerFailed(f"{self.where(path)}: did not succeed: {answer}", server=self.url)

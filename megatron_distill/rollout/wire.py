@@ -49,6 +49,8 @@ class ServerInfo:
     context_length: int
     """Prompt and response together; a prompt alone may take `longest_prompt` of it."""
     longest_prompt: int
+    tp_size: int
+    """Processes that share one copy of the weights."""
     version: str
     """Of SGLang."""
     settings: Mapping[str, Any]
@@ -65,16 +67,16 @@ def info(model: Any, server: Any, vocab_size: int) -> ServerInfo:
     Raises:
         ValueError: something is missing.
     """
-    longest = _part(server, "max_req_input_len", int)
     return ServerInfo(
         model_path=_part(model, "model_path", str),
         served_name=_part(model, "served_model_name", str),
         weight_version=_part(model, "weight_version", str),
         vocab_size=vocab_size,
         context_length=_part(server, "context_length", int),
-        longest_prompt=longest,
+        longest_prompt=_part(server, "max_req_input_len", int),
+        tp_size=_part(server, "tp_size", int),
         version=_part(server, "version", str),
-        settings={name: value for name, value in server.items() if "key" not in name},
+        settings={name: value for name, value in (model | server).items() if "key" not in name},
     )
 
 
