@@ -30,6 +30,8 @@ class Parts:
     base: type
     named: bool = False
     """The section maps names to parts."""
+    inner: Mapping[str, Parts] = dataclasses.field(default_factory=dict)
+    """Fields of these parts that hold a part themselves; without a `kind` it is one of the field's default."""
 
 
 def read[Root](root: type[Root], parts: Mapping[str, Parts], tree: Tree) -> Root:
@@ -63,9 +65,9 @@ def write(run: Any, parts: Mapping[str, Parts]) -> dict[str, Any]:
         value = getattr(run, section.name)
         kind = parts.get(section.name)
         if kind and kind.named:
-            tree[section.name] = {name: _plain(part, with_kind=True) for name, part in value.items()}
+            tree[section.name] = {name: _plain(part, kind) for name, part in value.items()}
         else:
-            tree[section.name] = None if value is None else _plain(value, with_kind=kind is not None)
+            tree[section.name] = None if value is None else _plain(value, kind)
     return tree
 
 
@@ -134,7 +136,33 @@ def _part(kind: Parts, raw: Any, place: Place) -> tuple[Any, list[_Complaint]]:
         part: type = plugins.load(kind.package, raw["kind"], kind.base)
     except ConfigError as error:
         return None, [_Complaint((*place, "kind"), str(error).partition(": ")[2], raw["kind"])]
-    return _validate(part, {key: value for key, value in raw.items() if key != "kind"}, place)
+    values = {key: value for key, value in raw.items() if key != "kind"}
+    inner, complaints = _inner_parts(kind, part, values, place)
+    whole, wrong = _validate(part, {key: value for key, value in values.items() if key not in inner}, place)
+    if complaints or wrong:
+        return None, [*wrong, *complaints]
+    return dataclasses.replace(whole, **inner), []
+
+
+def _inner_parts(
+    kind: Parts, part: type, values: Mapping[str, Any], place: Place
+) -> tuple[dict[str, Any], list[_Complaint]]:
+    """The parts that `values` give for fields of this part which hold one."""
+    found: dict[str, Any] = {}
+    complaints: list[_Complaint] = []
+    for name, default in inner_kinds(kind, part).items():
+        if name in values:
+            raw = values[name]
+            raw = {"kind": default, **raw} if isinstance(raw, Mapping) else raw
+            found[name], wrong = _part(kind.inner[name], raw, (*place, name))
+            complaints += wrong
+    return found, complaints
+
+
+def inner_kinds(kind: Parts, part: type) -> dict[str, str]:
+    """The fields of a part that hold a part themselves, and the kind of each where none is named."""
+    factories = {field.name: field.default_factory for field in dataclasses.fields(part)}
+    return {name: kind_of(factories[name]()) for name in kind.inner if name in factories}  # type: ignore[misc]
 
 
 def _validate(section: type, raw: Any, place: Place) -> tuple[Any, list[_Complaint]]:
@@ -230,10 +258,13 @@ def _has_default(section: dataclasses.Field[Any]) -> bool:
     return section.default is not dataclasses.MISSING or section.default_factory is not dataclasses.MISSING
 
 
-def _plain(part: Any, with_kind: bool) -> dict[str, Any]:
+def _plain(part: Any, kind: Parts | None) -> dict[str, Any]:
     section: type = type(part)
     values = model(section).model_construct(value=part).model_dump(mode="json")["value"]
-    return {"kind": kind_of(part), **values} if with_kind else values
+    if kind is None:
+        return values
+    inner = {name: _plain(getattr(part, name), kind.inner[name]) for name in inner_kinds(kind, section)}
+    return {"kind": kind_of(part), **values, **inner}
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -7,14 +7,14 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import UnionType
 from typing import Any, Literal, TypeAliasType, get_args, get_origin, get_type_hints
 
 from pydantic.json_schema import models_json_schema
 
 from megatron_distill import plugins
-from megatron_distill.config.read import Parts, dataclass_in, model
+from megatron_distill.config.read import Parts, dataclass_in, inner_kinds, model
 from megatron_distill.config.run import PARTS, RunConfig
 
 WORDS = {str: "text", int: "int", float: "float", bool: "true | false", type(None): "null"}
@@ -33,19 +33,17 @@ def reference(width: int = 110) -> str:
 def schema() -> dict[str, Any]:
     """The JSON Schema of a config file; a part is one of its kinds. Nothing is required: a base file may give it."""
     docs = attribute_docs(RunConfig)
-    kinds = {name: _kinds(parts) for name, parts in PARTS.items()}
     hints = get_type_hints(RunConfig)
     fixed = {name: section for name in docs if name not in PARTS and (section := dataclass_in(hints[name]))}
-    refs, defs = _definitions([*fixed.values(), *(part for parts in kinds.values() for part in parts.values())])
+    inner = [parts for outer in PARTS.values() for parts in outer.inner.values()]
+    classes = [part for parts in [*PARTS.values(), *inner] for part in _kinds(parts).values()]
+    refs, defs = _definitions([*fixed.values(), *dict.fromkeys(classes)])
     for body in defs.values():
         body.pop("required", None)
     sections: dict[str, Any] = {name: {"$ref": refs[section]} for name, section in fixed.items()}
-    for name, parts in kinds.items():
-        for kind, part in parts.items():
-            body = defs[refs[part].rpartition("/")[2]]
-            body |= {"properties": {"kind": {"const": kind}, **body.get("properties", {})}, "required": ["kind"]}
-        one_of = {"oneOf": [{"$ref": refs[part]} for part in parts.values()]}
-        sections[name] = {"type": "object", "additionalProperties": one_of} if PARTS[name].named else one_of
+    for name, parts in PARTS.items():
+        one_of = _one_of(parts, refs, defs)
+        sections[name] = {"type": "object", "additionalProperties": one_of} if parts.named else one_of
     base = {"type": ["array", "string"], "items": {"type": "string"}, "description": "Config files to build on."}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -55,6 +53,18 @@ def schema() -> dict[str, Any]:
         "properties": {"base": base, **{name: {"description": docs[name], **sections[name]} for name in docs}},
         "$defs": defs,
     }
+
+
+def _one_of(parts: Parts, refs: dict[type, str], defs: dict[str, Any], default: str = "") -> dict[str, Any]:
+    """Any of the kinds; their definitions get a `kind`, which only the default one may leave out."""
+    for kind, part in _kinds(parts).items():
+        body = defs[refs[part].rpartition("/")[2]]
+        body |= {"properties": {"kind": {"const": kind}, **body.get("properties", {})}}
+        body |= {} if kind == default else {"required": ["kind"]}
+        for name, usual in inner_kinds(parts, part).items():
+            text = {"description": attribute_docs(part)[name]}
+            body["properties"][name] = text | _one_of(parts.inner[name], refs, defs, usual)
+    return {"oneOf": [{"$ref": refs[part]} for part in _kinds(parts).values()]}
 
 
 def attribute_docs(section: type) -> dict[str, str]:
@@ -84,20 +94,30 @@ def _definitions(classes: list[type]) -> tuple[dict[type, str], dict[str, Any]]:
 def _sections() -> Iterator[tuple[str, str]]:
     """(head, text) of each section, kind and field."""
     docs = attribute_docs(RunConfig)
-    told: dict[type, str] = {}
+    told: dict[Any, str] = {}
     for name, hint in get_type_hints(RunConfig).items():
         yield f"\n{name}", docs[name]
         if name not in PARTS:
             yield from _fields(dataclass_in(hint), name, told)
             continue
-        path = f"{name}.NAME" if PARTS[name].named else name
-        for kind, part in _kinds(PARTS[name]).items():
-            yield f"\n{path}.kind = {kind}", (inspect.getdoc(part) or "").partition("\n\n")[0]
-            yield from _fields(part, path, told)
+        yield from _parts(PARTS[name], f"{name}.NAME" if PARTS[name].named else name, told)
 
 
-def _fields(section: type | None, path: str, told: dict[type, str]) -> Iterator[tuple[str, str]]:
-    """A class met before is not told again."""
+def _parts(parts: Parts, path: str, told: dict[Any, str]) -> Iterator[tuple[str, str]]:
+    """Every kind; what one holds that has kinds of its own is told after it, the first time that it is met."""
+    for kind, part in _kinds(parts).items():
+        yield f"\n{path}.kind = {kind}", (inspect.getdoc(part) or "").partition("\n\n")[0]
+        yield from _fields(part, path, told, inner_kinds(parts, part))
+        for name in inner_kinds(parts, part):
+            if parts.inner[name].base not in told:
+                told[parts.inner[name].base] = f"{path}.{name}"
+                yield from _parts(parts.inner[name], f"{path}.{name}", told)
+
+
+def _fields(
+    section: type | None, path: str, told: dict[Any, str], parts: Collection[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """A class met before is not told again, nor here what is in a field that holds one of several `parts`."""
     assert section is not None
     told.setdefault(section, path)
     docs, hints = attribute_docs(section), get_type_hints(section)
@@ -105,7 +125,7 @@ def _fields(section: type | None, path: str, told: dict[type, str]) -> Iterator[
         here, inner = f"{path}.{field.name}", dataclass_in(hints[field.name])
         again = f" Fields as in `{told[inner]}`." if inner in told else ""
         yield f"{here}  {words(hints[field.name])}{_default(field)}", docs.get(field.name, "") + again
-        if inner and not again:
+        if inner and not again and field.name not in parts:
             yield from _fields(inner, here, told)
 
 

@@ -20,6 +20,7 @@ from megatron_distill.models.optimizer import OptimizerSection
 from megatron_distill.models.student import StudentSection
 from megatron_distill.objectives.base import Objective
 from megatron_distill.rewards.base import Verifier
+from megatron_distill.rollout.engines.base import EnginePart
 from megatron_distill.rollout.sources.base import SourcePart
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
@@ -60,9 +61,10 @@ class RunConfig:
     """Where the run lives."""
 
 
+ENGINES = Parts("megatron_distill.rollout.engines", EnginePart)
 PARTS = {
     "teachers": Parts("megatron_distill.teachers", TeacherPart, named=True),
-    "rollout": Parts("megatron_distill.rollout.sources", SourcePart),
+    "rollout": Parts("megatron_distill.rollout.sources", SourcePart, inner={"engine": ENGINES}),
     "reward": Parts("megatron_distill.rewards", Verifier),
     "objective": Parts("megatron_distill.objectives", Objective),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,8 +83,40 @@ class Given:
     start: int
 
 
+class HoldsWeights(Protocol):
+    """What an engine takes its weights from."""
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Hugging Face name and full tensor of every parameter; a collective."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WholeWeights:
+    """Weights that this process can read whole, such as those of a model folder."""
+
+    read: Callable[[], Iterable[tuple[str, Tensor]]]
+
+    def weights(self) -> Iterable[tuple[str, Tensor]]:
+        """Hugging Face name and full tensor of every parameter."""
+        return self.read()
+
+
 class RolloutEngine(Protocol):
     """A model that writes responses; calls take whole batches, an engine over HTTP sends them side by side."""
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether each rank has one of its own, which answers what that rank asks.
+
+        Otherwise it is one for all: every rank calls `generate` and `score` with the same, and gets the same answers.
+        """
+        ...
+
+    @property
+    def updates_in_flight(self) -> bool:
+        """Whether `load_weights` may be called, from another thread, while `generate` runs."""
+        ...
 
     @property
     def version(self) -> int:
@@ -99,8 +131,12 @@ class RolloutEngine(Protocol):
         """Log-probs of `tokens[start:]` of each, in order."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take every parameter by its Hugging Face name; all of them or an error."""
+    def load_weights(self, student: HoldsWeights, version: int) -> None:
+        """Take every parameter by its Hugging Face name; all of them or an error. Collective."""
+        ...
+
+    def close(self) -> None:
+        """Give processes and memory back; collective."""
         ...
 
 

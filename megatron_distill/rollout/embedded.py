@@ -5,52 +5,23 @@ For CPU, tests and first runs. It holds a whole copy of the student on every ran
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_distill.data.templates import stop_ids
 from megatron_distill.errors import EngineError, ModelError
-from megatron_distill.rollout.base import Completion, Given, Request, Sampling, random_source
+from megatron_distill.rollout.base import Completion, Given, HoldsWeights, Request, Sampling, random_source
 from megatron_distill.types import Stop
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SCORED_ROWS = 4096
 """Rows of logits that `score` holds at a time."""
 WORTH_DROPPING = 0.125
 """Finished share of a batch from which dropping its rows is cheaper than computing them on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddedSettings:
-    """Settings of the engine in this process."""
-
-    batch_size: int = 256
-    """Responses written at a time on each rank."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
-
-    def connect(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        valid_vocab: int | None = None,
-        device: torch.device | None = None,
-    ) -> EmbeddedEngine:
-        """An engine for the model of `folder`, still without weights; `valid_vocab` default: the model's own."""
-        return EmbeddedEngine(
-            folder, valid_vocab=valid_vocab, stop_ids=stop_ids(tokenizer, folder), settings=self, device=device
-        )
 
 
 class EmbeddedEngine:
@@ -59,13 +30,16 @@ class EmbeddedEngine:
     Log-probs are over ids below `valid_vocab`: what lies above is padding that is never drawn.
     """
 
+    everywhere = True
+    updates_in_flight = False
+
     def __init__(
         self,
         folder: Path,
         *,
         valid_vocab: int | None = None,
         stop_ids: Sequence[int],
-        settings: EmbeddedSettings | None = None,
+        batch_size: int = 256,
         device: torch.device | None = None,
     ) -> None:
         """Build the architecture of `folder`/config.json; weights come by `load_weights`.
@@ -74,14 +48,14 @@ class EmbeddedEngine:
             ModelError: no usable config.json.
         """
         self.version = -1
-        self._settings = settings or EmbeddedSettings()
+        self._batch_size = batch_size
         self._device = device or torch.device("cpu")
         self._stop_ids = torch.tensor(sorted(stop_ids), device=self._device)
         self._model = _empty_model(Path(folder)).to(self._device)
         self._valid: int = valid_vocab or self._model.config.vocab_size
         self._max_positions: int = self._model.config.max_position_embeddings
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, student: HoldsWeights, version: int) -> None:
         """Copy every parameter in; a tied output weight may be given or left out.
 
         Raises:
@@ -89,7 +63,7 @@ class EmbeddedEngine:
         """
         wanted = dict(self._model.named_parameters())
         tied = set(dict(self._model.named_parameters(remove_duplicate=False))) - set(wanted)
-        for name, tensor in weights:
+        for name, tensor in student.weights():
             if name in tied:
                 continue
             parameter = wanted.pop(name, None)
@@ -102,6 +76,9 @@ class EmbeddedEngine:
         if wanted:
             raise EngineError(f"{len(wanted)} weights were not given, the first is {min(wanted)}")
         self.version = version
+
+    def close(self) -> None:
+        """The model goes with the object."""
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -129,7 +106,7 @@ class EmbeddedEngine:
         by_sampling: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
             by_sampling.setdefault(request.sampling, []).append(index)
-        size = self._settings.batch_size
+        size = self._batch_size
         for indices in by_sampling.values():
             indices.sort(key=lambda index: (len(requests[index].tokens), requests[index].tokens))
             yield from (indices[start : start + size] for start in range(0, len(indices), size))
@@ -233,7 +210,7 @@ class EmbeddedEngine:
                 )
         order = sorted(range(len(given)), key=lambda index: len(given[index].tokens))
         scores: dict[int, tuple[float, ...]] = {}
-        size = self._settings.batch_size
+        size = self._batch_size
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
             scores.update(zip(chosen, self._scores([given[index] for index in chosen], temperature), strict=True))

@@ -96,12 +96,20 @@ def check_answers(verifier: Verifier, prompts: Sequence[Prompt]) -> None:
 
 
 def sample(tools: Tools, wanted: Sequence[Wanted]) -> list[Scored]:
-    """All wanted responses, in order, equal on all ranks; each rank writes and scores a share of them.
+    """All wanted responses, in order, equal on all ranks; each rank scores a share of them."""
+    requests = [
+        Request(tokens=one.prompt.tokens + one.start.tokens, sampling=one.sampling, key=one.key) for one in wanted
+    ]
+    written = list(zip(wanted, complete(tools, requests), strict=True))
+    judged = shared(tools.ranks, written, lambda mine: _judged(tools, mine))
+    return [_scored(*one, *verdict) for one, verdict in zip(written, judged, strict=True)]
 
-    The embedded engine lives on every rank. What is exchanged are token ids and verdicts, never prompts.
-    """
-    written = shared(tools.ranks, wanted, lambda mine: _write(tools, mine))
-    return [_scored(one, *response) for one, response in zip(wanted, written, strict=True)]
+
+def complete(tools: Tools, requests: Sequence[Request]) -> list[Completion]:
+    """One completion per request, in order, equal on all ranks, wherever the engine lives."""
+    if tools.engine.everywhere:
+        return shared(tools.ranks, requests, tools.engine.generate)
+    return tools.engine.generate(requests)
 
 
 def shared[Item, Result](
@@ -112,18 +120,15 @@ def shared[Item, Result](
     return [result for share in ranks.gather_objects(work(mine)) for result in share]
 
 
-def _write(tools: Tools, wanted: Sequence[Wanted]) -> list[tuple[Completion, str, Verdict]]:
-    completions = tools.engine.generate(
-        [Request(tokens=one.prompt.tokens + one.start.tokens, sampling=one.sampling, key=one.key) for one in wanted]
-    )
+def _judged(tools: Tools, written: Sequence[tuple[Wanted, Completion]]) -> list[tuple[str, Verdict]]:
     texts = [
         tools.tokenizer.decode(
             one.start.tokens + done.tokens if one.judge_start else done.tokens, skip_special_tokens=True
         )
-        for one, done in zip(wanted, completions, strict=True)
+        for one, done in written
     ]
-    verdicts = tools.judge.score([(one.prompt.answer, text) for one, text in zip(wanted, texts, strict=True)])
-    return list(zip(completions, texts, verdicts, strict=True))
+    verdicts = tools.judge.score([(one.prompt.answer, text) for (one, _), text in zip(written, texts, strict=True)])
+    return list(zip(texts, verdicts, strict=True))
 
 
 def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Scored:
@@ -136,6 +141,7 @@ def _scored(wanted: Wanted, done: Completion, text: str, verdict: Verdict) -> Sc
             sample=wanted.sample,
             tokens=wanted.start.tokens + done.tokens,
             logprobs=wanted.start.logprobs + done.logprobs,
+            temperature=wanted.sampling.logprob_temperature,
             origin=wanted.start.origin + (Origin.STUDENT,) * len(done.tokens),
             stop=done.stop,
             version=oldest,

@@ -8,8 +8,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_distill.config import RunConfig
 from megatron_distill.config.read import kind_of
 from megatron_distill.data.prompts import load_prompts
@@ -23,7 +21,9 @@ from megatron_distill.models.hf.mapping import rules
 from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.base import HoldsWeights, WholeWeights
+from megatron_distill.rollout.engines.base import EnginePart, Serving
+from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.sample import Tools
 from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.runtime.backend import choose
@@ -77,13 +77,13 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
     """
     assert run.eval.data is not None
     folder = run.student.model
-    with _weights(run, checkpoint) as (ranks, weights):
+    with _weights(run, checkpoint) as (ranks, model):
         tokenizer = load_tokenizer(folder, run.student.trust_remote_code)
         prompts = load_prompts(run.eval.data, tokenizer)
         valid = None if checkpoint is None else read_state(checkpoint).get("valid_vocab")
-        engine = engine_settings(run).connect(folder, tokenizer, valid_vocab=valid, device=choose().device)
-        engine.load_weights(weights, version=0)
-        with closing(run.reward.connect()) as judge:
+        serving = Serving(folder=folder, tokenizer=tokenizer, ranks=ranks, valid_vocab=valid, device=choose().device)
+        with closing(engine_part(run).connect(serving)) as engine, closing(run.reward.connect()) as judge:
+            engine.load_weights(model, version=0)
             tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=ranks)
             metrics = evaluate(tools, prompts, run.eval, step=0, seed=run.train.seed, folder=responses)
         if ranks.rank != 0:
@@ -92,23 +92,23 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
     return Report(model=checkpoint or folder, problems=len(prompts), metrics=values)
 
 
-def engine_settings(run: RunConfig) -> EmbeddedSettings:
-    """Settings of the engine that the run writes its rollouts with, where it writes any."""
-    return run.rollout.engine if isinstance(run.rollout, Writing) else EmbeddedSettings()
+def engine_part(run: RunConfig) -> EnginePart:
+    """The engine that the run writes its rollouts with, where it writes any."""
+    return run.rollout.engine if isinstance(run.rollout, Writing) else Embedded()
 
 
 @contextmanager
-def _weights(run: RunConfig, checkpoint: Path | None) -> Iterator[tuple[Ranks, Iterator[tuple[str, Tensor]]]]:
-    """The ranks, and whole tensors by Hugging Face name; only a checkpoint needs Megatron to be read."""
+def _weights(run: RunConfig, checkpoint: Path | None) -> Iterator[tuple[Ranks, HoldsWeights]]:
+    """The ranks, and whose weights to take; only a checkpoint needs Megatron to be read."""
     spec = ModelSpec.from_folder(run.student.model)
     if checkpoint is None:
         reader = SafetensorsFolder(run.student.model)
         # a folder may hold more, such as the rotary frequencies of old Llama models
         names = [name for rule in rules(spec) if rule.exported for name in rule.hf]
         with start_ranks() as ranks:
-            yield ranks, ((name, reader.read(name)) for name in names)
+            yield ranks, WholeWeights(lambda: ((name, reader.read(name)) for name in names))
     else:
         with start(run.parallel, run.precision, run.train.seed) as runtime:
             network = Network.empty(spec, runtime)
             load_weights(checkpoint, network)
-            yield runtime.mesh, network.weights()
+            yield runtime.mesh, network

@@ -11,7 +11,8 @@ from megatron_distill.data.prompts import Prompts, load_prompts
 from megatron_distill.eval.runner import EvalSection, evaluate
 from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import RolloutEngine
-from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.engines.base import Serving
+from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.sample import Tools
 from megatron_distill.types import Metric
 
@@ -41,11 +42,14 @@ class HeldOut:
             return None
         follows = engine is not None
         if engine is None:
-            engine = EmbeddedSettings().connect(
-                run.student.model,
-                tokenizer,
-                valid_vocab=student.partition.valid,
-                device=student.network.runtime.backend.device,
+            engine = Embedded().connect(
+                Serving(
+                    folder=run.student.model,
+                    tokenizer=tokenizer,
+                    ranks=student.mesh,
+                    valid_vocab=student.partition.valid,
+                    device=student.network.runtime.backend.device,
+                )
             )
         tools = Tools(
             engine=engine,
@@ -70,5 +74,5 @@ class HeldOut:
     def ask(self, student: Student, step: int) -> tuple[Metric, ...]:
         """avg@k, pass@k and the rest after `step` updates; collective."""
         if not self.follows:
-            self.tools.engine.load_weights(student.weights(), step)
+            self.tools.engine.load_weights(student, step)
         return evaluate(self.tools, self.prompts, self.section, step=step, seed=self.seed, folder=self.folder)

@@ -40,7 +40,7 @@ def difference_before_and_after_a_step(folder: Path, sizes: ParallelSizes, tempe
         engine = EmbeddedEngine(folder, valid_vocab=VALID, stop_ids=(3,))
         found = []
         for version in range(2):
-            engine.load_weights(student.weights(), version)
+            engine.load_weights(student, version)
             requests = [
                 Request(tokens=prompt, sampling=Sampling(temperature=temperature, max_new_tokens=12), key=(index,))
                 for index, prompt in enumerate(PROMPTS)

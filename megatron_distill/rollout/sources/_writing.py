@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from megatron_distill.data.traces import write_traces
-from megatron_distill.rollout.base import Key, RolloutEngine, Sampling
-from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.base import HoldsWeights, Key, RolloutEngine, Sampling
+from megatron_distill.rollout.engines.base import EnginePart, Serving
+from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
-from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
+from megatron_distill.rollout.sources.base import SourcePart, Surroundings, take
 from megatron_distill.types import Prompt, Scored
 
 
@@ -25,8 +26,8 @@ class Writing(SourcePart):
     """Responses to each prompt of a step; together they are a group."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the tokens are drawn."""
-    engine: EmbeddedSettings = field(default_factory=EmbeddedSettings)
-    """What writes the responses."""
+    engine: EnginePart = field(default_factory=Embedded)
+    """What writes the responses; `kind` embedded where none is named."""
     record: bool = False
     """Write every rollout to `traces/` of the run folder, to be replayed."""
 
@@ -50,10 +51,14 @@ class Writer(ABC):
         self._cursor = surroundings.cursor()
         self._tools = Tools(
             engine=part.engine.connect(
-                surroundings.student_folder,
-                surroundings.tokenizer,
-                valid_vocab=surroundings.valid_vocab,
-                device=surroundings.device,
+                Serving(
+                    folder=surroundings.student_folder,
+                    tokenizer=surroundings.tokenizer,
+                    ranks=surroundings.ranks,
+                    valid_vocab=surroundings.valid_vocab,
+                    device=surroundings.device,
+                    run_folder=surroundings.run_folder,
+                )
             ),
             judge=surroundings.verifier.connect(),
             tokenizer=surroundings.tokenizer,
@@ -102,7 +107,7 @@ class Writer(ABC):
 
     def publish(self, student: HoldsWeights, version: int) -> None:
         """Hand the student's weights to the engine."""
-        self.engine.load_weights(student.weights(), version)
+        self.engine.load_weights(student, version)
 
     def state(self) -> dict[str, int]:
         """The place in the prompts."""
@@ -117,5 +122,6 @@ class Writer(ABC):
         self._cursor = self._cursor.restore(state)
 
     def close(self) -> None:
-        """End the verifier's processes."""
+        """End the engine, and the verifier's processes."""
+        self._tools.engine.close()
         self._tools.judge.close()

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
 from megatron_distill.data.cursor import Cursor
 from megatron_distill.data.prompts import Prompts
 from megatron_distill.rewards.base import Verifier
-from megatron_distill.rollout.base import RolloutEngine
+from megatron_distill.rollout.base import HoldsWeights, RolloutEngine
 from megatron_distill.rollout.sample import Ranks
 from megatron_distill.types import Origin, Prompt, Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class HoldsWeights(Protocol):
-    """What a source needs of a student."""
-
-    def weights(self) -> Iterable[tuple[str, Tensor]]:
-        """Hugging Face name and full tensor of every parameter; a collective."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

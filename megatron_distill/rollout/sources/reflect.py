@@ -15,9 +15,9 @@ from itertools import groupby
 
 from megatron_distill.data.templates import render
 from megatron_distill.models.spec import ModelSpec
-from megatron_distill.rollout.base import Key, Request, random_source
+from megatron_distill.rollout.base import Completion, Key, Request, random_source
 from megatron_distill.rollout.reflection import FAILURES, INSTRUCTION, Checks, Reconstruction, reconstruct
-from megatron_distill.rollout.sample import shared
+from megatron_distill.rollout.sample import complete, shared
 from megatron_distill.rollout.sources._writing import Writer, Writing
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.types import Origin, Rollout, Scored, Stop
@@ -94,7 +94,7 @@ class Reflecting(Writer):
         groups = {name: list(members) for name, members in groupby(originals, key=lambda one: one.rollout.group)}
         eligible = {name for name, members in groups.items() if self._eligible(members)}
         repairs = [repair for name in groups if name in eligible for repair in self._repairs(step, groups[name])]
-        built = shared(self._run.ranks, repairs, self._build)
+        built = shared(self._run.ranks, self._replies(repairs), self._build)
         outcomes = {
             (one.wrong.rollout.group, one.wrong.rollout.sample): made if isinstance(made, str) else "kept"
             for one, made in zip(repairs, built, strict=True)
@@ -121,33 +121,38 @@ class Reflecting(Writer):
                 key=(*self.key(step, one.group, one.prompt, one.sample), "reflection"),
             )
 
-    def _build(self, repairs: Sequence[_Repair]) -> list[Scored | str]:
-        """Ask, check, score; the name of the failed check for what is dropped."""
-        tokenizer, sampling = self._tools.tokenizer, self._part.sampling
+    def _replies(self, repairs: Sequence[_Repair]) -> list[tuple[_Repair, Completion | None]]:
+        """What the student answers to the synthesis prompts; None to one that has no room for an answer."""
+        sampling = self._part.sampling
         requests = [Request(tokens=self._ask(one), sampling=sampling, key=one.key) for one in repairs]
         fits = [len(one.tokens) + sampling.max_new_tokens <= self._positions for one in requests]
-        replies = iter(self._tools.engine.generate([one for one, fit in zip(requests, fits, strict=True) if fit]))
+        replies = iter(complete(self._tools, [one for one, fit in zip(requests, fits, strict=True) if fit]))
+        return [(one, next(replies) if fit else None) for one, fit in zip(repairs, fits, strict=True)]
+
+    def _build(self, replies: Sequence[tuple[_Repair, Completion | None]]) -> list[Scored | str]:
+        """Check, score; the name of the failed check for what is dropped."""
+        tokenizer = self._tools.tokenizer
         found = [
-            reconstruct(
+            "no_room"
+            if reply is None
+            else reconstruct(
                 tokenizer,
-                tokenizer.decode(next(replies).tokens, skip_special_tokens=True),
+                tokenizer.decode(reply.tokens, skip_special_tokens=True),
                 one.wrong.rollout.tokens,
-                sampling.max_new_tokens,
+                self._part.sampling.max_new_tokens,
                 self._part.checks,
             )
-            if fit
-            else "no_room"
-            for one, fit in zip(repairs, fits, strict=True)
+            for one, reply in replies
         ]
         texts = [
             (one.wrong.rollout.prompt.answer, made.text)
-            for one, made in zip(repairs, found, strict=True)
+            for (one, _), made in zip(replies, found, strict=True)
             if isinstance(made, Reconstruction)
         ]
         verdicts = iter(self._tools.judge.score(texts))
         return [
             made if isinstance(made, str) else _constructed(one, made, next(verdicts).reward)
-            for one, made in zip(repairs, found, strict=True)
+            for (one, _), made in zip(replies, found, strict=True)
         ]
 
     def _ask(self, repair: _Repair) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from megatron_distill import plugins
-from megatron_distill.config import check, dump, load, reference, save, schema
-from megatron_distill.config.run import PARTS
+from megatron_distill.config import check, dump, load, reference, save, schema, tree
+from megatron_distill.config.run import ENGINES, PARTS
 from megatron_distill.errors import ConfigError
+from megatron_distill.rollout.engines.embedded import Embedded
 
 
 def complaints(run_file, *overrides):
@@ -81,9 +82,9 @@ def test_null_takes_out_a_teacher_of_a_base_file(run_file):
     assert not load(run_file, ["teachers.big=null"]).teachers
 
 
-@pytest.mark.parametrize("package", [parts.package for parts in PARTS.values()])
+@pytest.mark.parametrize("package", [parts.package for parts in (*PARTS.values(), ENGINES)])
 def test_every_kind_loads_and_its_fields_are_told(package):
-    base = next(parts.base for parts in PARTS.values() if parts.package == package)
+    base = next(parts.base for parts in (*PARTS.values(), ENGINES) if parts.package == package)
     for kind in plugins.kinds(package):
         assert issubclass(plugins.load(package, kind, base), base)
         assert f".kind = {kind}\n" in reference()
@@ -127,3 +128,54 @@ def test_the_shipped_objective_configs_load(run_file, models):
             f"base: [base, objectives/{file.stem}]\nstudent: {{model: {models / 'student'}}}\ndata: {{prompts: a}}\n"
         )
         load(run_file)
+
+
+def test_a_part_inside_a_part_has_a_kind_of_its_own(run_file):
+    run = load(run_file, ["rollout.engine.batch_size=3"])
+    assert run.rollout.engine == Embedded(batch_size=3), "without a kind it is of the field's default"
+    assert load(run_file, ["rollout.engine={kind: embedded, batch_size: 3}"]) == run
+    assert tree(run)["rollout"]["engine"] == {"kind": "embedded", "batch_size": 3}
+    assert tree(load(run_file))["rollout"]["engine"]["kind"] == "embedded"
+    save(run, run.paths.run / "config.yaml")
+    assert load(run.paths.run / "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "rollout.engine.kind=embeded",
+            'rollout.engine.kind="embeded": no such part in megatron_distill.rollout.engines; allowed: embedded',
+        ),
+        ("rollout.engine.batchsize=3", "rollout.engine.batchsize=3: unknown key; did you mean 'batch_size'? (command"),
+        ("rollout.engine.batch_size=0", "rollout.engine.batch_size=0: must be at least 1 (command line)"),
+        ("rollout.engine.batch_size=x", 'rollout.engine.batch_size="x": must be a valid integer (command line)'),
+        ("rollout.engine=sglang", 'rollout.engine="sglang": must be a mapping with a `kind` (command line)'),
+        ("rollout.engin.kind=embedded", 'rollout.engin={"kind": "embedded"}: unknown key; did you mean \'engine\'?'),
+    ],
+)
+def test_complaints_about_a_part_inside_a_part_have_its_path(run_file, override, complaint):
+    (line,) = complaints(run_file, override)
+    assert line.startswith(complaint)
+
+
+def test_what_is_wrong_inside_and_outside_is_told_together(run_file):
+    lines = complaints(run_file, "rollout.samples_per_prompt=0", "rollout.engine.batch_size=0")
+    assert [line.split("=")[0] for line in lines] == ["rollout.samples_per_prompt", "rollout.engine.batch_size"]
+
+
+def test_engines_are_told_once_and_checked_by_editors():
+    lines = reference().splitlines()
+    assert lines.count("rollout.engine.kind = embedded") == 1
+    told = schema()
+    generate = next(body for body in told["$defs"].values() if _kind_in(body) == "generate")
+    engines = [told["$defs"][one["$ref"].rpartition("/")[2]] for one in generate["properties"]["engine"]["oneOf"]]
+    by_kind = {_kind_in(one): one for one in engines}
+    assert by_kind["embedded"]["properties"]["batch_size"]["type"] == "integer"
+    assert "required" not in by_kind["embedded"], "it is what a config without a kind means"
+    assert all(one["required"] == ["kind"] for kind, one in by_kind.items() if kind != "embedded")
+
+
+def _kind_in(body):
+    """The kind that a definition of the schema is of, if it is a part's."""
+    return body.get("properties", {}).get("kind", {}).get("const")

@@ -10,8 +10,9 @@ from megatron_distill.data.prompts import DataSection, load_prompts
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.eval.runner import EvalSection, evaluate, pass_at, summary
 from megatron_distill.rewards.exact import Exact
-from megatron_distill.rollout.base import Sampling
-from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.base import Sampling, WholeWeights
+from megatron_distill.rollout.engines.base import Serving
+from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.sample import Tools
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop
@@ -80,8 +81,8 @@ def test_evaluation_writes_every_answer(tmp_path: Path) -> None:
     data = DataSection(prompts=tmp_path / "test.jsonl")
     section = EvalSection(data=data, samples=2, pass_at=(1, 2), sampling=Sampling(max_new_tokens=6))
     tokenizer = load_tokenizer(folder)
-    engine = EmbeddedSettings().connect(folder, tokenizer)
-    engine.load_weights(AutoModelForCausalLM.from_pretrained(folder).state_dict().items(), version=0)
+    engine = Embedded().connect(Serving(folder=folder, tokenizer=tokenizer, ranks=Alone()))
+    engine.load_weights(WholeWeights(AutoModelForCausalLM.from_pretrained(folder).state_dict().items), version=0)
     tools = Tools(engine=engine, judge=Exact().connect(), tokenizer=tokenizer, ranks=Alone())
     prompts = load_prompts(data, tokenizer)
     metrics = evaluate(tools, prompts, section, step=40, seed=1, folder=tmp_path / "samples")

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_distill.errors import EngineError, ModelError
-from megatron_distill.rollout.base import Completion, Given, Request, Sampling, random_source
-from megatron_distill.rollout.embedded import EmbeddedEngine, EmbeddedSettings
+from megatron_distill.rollout.base import Completion, Given, Request, Sampling, WholeWeights, random_source
+from megatron_distill.rollout.embedded import EmbeddedEngine
 from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.types import Stop
 
@@ -24,7 +24,7 @@ def reference(folder: Path) -> Any:
 
 def engine(folder: Path, **fields: Any) -> EmbeddedEngine:
     made = EmbeddedEngine(folder, **({"valid_vocab": VALID, "stop_ids": STOP} | fields))
-    made.load_weights(reference(folder).state_dict().items(), version=5)
+    made.load_weights(WholeWeights(reference(folder).state_dict().items), version=5)
     return made
 
 
@@ -59,7 +59,7 @@ def test_logprobs_are_those_of_a_whole_pass(
 ) -> None:
     folder = tiny_model(tmp_path, family, hidden=32, tied=family == "qwen2")
     asked = requests(6, Sampling(temperature=temperature, max_new_tokens=24), samples=3)
-    written = engine(folder, settings=EmbeddedSettings(batch_size=7)).generate(asked)
+    written = engine(folder, batch_size=7).generate(asked)
     model = reference(folder)
     for request, done in zip(asked, written, strict=True):
         expected = logprobs_by_whole_pass(model, request.tokens, done.tokens, temperature)
@@ -93,7 +93,7 @@ def test_greedy_takes_the_likeliest(qwen3: Path) -> None:
 def test_draws_do_not_depend_on_company_order_or_batch_size(qwen3: Path) -> None:
     asked = requests(12, Sampling(max_new_tokens=20), samples=2)
     together = engine(qwen3).generate(asked)
-    in_threes = engine(qwen3, settings=EmbeddedSettings(batch_size=3)).generate(asked[::-1])[::-1]
+    in_threes = engine(qwen3, batch_size=3).generate(asked[::-1])[::-1]
     alone = [engine(qwen3).generate([request])[0] for request in asked[:4]]
     assert [done.tokens for done in in_threes] == [done.tokens for done in together]
     assert [done.tokens for done in alone] == [done.tokens for done in together[:4]]
@@ -150,7 +150,7 @@ def test_mixed_sampling_in_one_call(qwen3: Path) -> None:
 
 def test_scores_are_those_of_generation(qwen3: Path) -> None:
     asked = requests(9, Sampling(temperature=1.3, max_new_tokens=15))
-    made = engine(qwen3, settings=EmbeddedSettings(batch_size=4))
+    made = engine(qwen3, batch_size=4)
     written: list[Completion] = made.generate(asked)
     given = [
         Given(tokens=one.tokens + done.tokens, start=len(one.tokens)) for one, done in zip(asked, written, strict=True)
@@ -165,12 +165,12 @@ def test_new_weights_change_the_rollouts(qwen3: Path, tmp_path: Path) -> None:
     made = engine(qwen3)
     before = made.generate(asked)
     other = reference(tiny_model(tmp_path, "qwen3", hidden=32, seed=9))
-    made.load_weights(other.state_dict().items(), version=6)
+    made.load_weights(WholeWeights(other.state_dict().items), version=6)
     after = made.generate(asked)
     assert after[0].version == 6
     assert [done.tokens for done in after] != [done.tokens for done in before]
     fresh = EmbeddedEngine(qwen3, valid_vocab=VALID, stop_ids=STOP)
-    fresh.load_weights(other.state_dict().items(), version=6)
+    fresh.load_weights(WholeWeights(other.state_dict().items), version=6)
     assert after == fresh.generate(asked)
 
 
@@ -181,16 +181,16 @@ def test_all_weights_or_an_error(tmp_path: Path, tied: bool) -> None:
     weights = dict(reference(folder).state_dict())
     without_head = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     if tied:
-        made.load_weights(without_head.items(), version=0)
+        made.load_weights(WholeWeights(without_head.items), version=0)
     else:
         with pytest.raises(EngineError, match=r"1 weights were not given, the first is lm_head\.weight"):
-            made.load_weights(without_head.items(), version=0)
-    made.load_weights(weights.items(), version=0)
+            made.load_weights(WholeWeights(without_head.items), version=0)
+    made.load_weights(WholeWeights(weights.items), version=0)
     with pytest.raises(EngineError, match=r"weight model\.extra: the engine's model has no such parameter"):
-        made.load_weights((weights | {"model.extra": torch.zeros(1)}).items(), version=1)
+        made.load_weights(WholeWeights((weights | {"model.extra": torch.zeros(1)}).items), version=1)
     name = "model.norm.weight"
     with pytest.raises(EngineError, match=r"weight model\.norm\.weight: shape \(3,\), expected \(32,\)"):
-        made.load_weights((weights | {name: torch.zeros(3)}).items(), version=1)
+        made.load_weights(WholeWeights((weights | {name: torch.zeros(3)}).items), version=1)
 
 
 def test_requests_that_cannot_be_served(qwen3: Path) -> None:

@@ -7,13 +7,12 @@ tests/integration/test_every_objective_trains.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from megatron_distill.data.phrases import Phrases
 from megatron_distill.data.prompts import DataSection, load_prompts
@@ -21,7 +20,8 @@ from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.errors import DataError
 from megatron_distill.rewards.base import Verdict
 from megatron_distill.rewards.exact import Exact
-from megatron_distill.rollout.base import Completion, Given, Request, Sampling
+from megatron_distill.rollout.base import Completion, Given, HoldsWeights, Request, Sampling
+from megatron_distill.rollout.engines.base import Serving
 from megatron_distill.rollout.reflection import Checks
 from megatron_distill.rollout.sources.base import Surroundings
 from megatron_distill.rollout.sources.reflect import Reflect
@@ -45,8 +45,11 @@ class Scripted:
     tokenizer: Any = None
     version: int = 0
 
-    def connect(self, folder: Path, tokenizer: Any, **_: Any) -> Scripted:
-        return Scripted(script=self.script, tokenizer=tokenizer)
+    everywhere: bool = True
+    updates_in_flight: bool = False
+
+    def connect(self, serving: Serving) -> Scripted:
+        return Scripted(script=self.script, tokenizer=serving.tokenizer)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return [self._write(one) for one in requests]
@@ -63,8 +66,11 @@ class Scripted:
     def score(self, given: Sequence[Given], temperature: float = 1.0) -> list[tuple[float, ...]]:
         return [(-0.5,) * (len(one.tokens) - one.start) for one in given]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(self, student: HoldsWeights, version: int) -> None:
         """A script has none."""
+
+    def close(self) -> None:
+        """A script has nothing to give back."""
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_distill.config import load
 from megatron_distill.errors import DistillError
-from megatron_distill.rollout.embedded import EmbeddedSettings
+from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
-from megatron_distill.train.evaluation import Report, check_evaluable, engine_settings, evaluate_model
+from megatron_distill.train.evaluation import Report, check_evaluable, engine_part, evaluate_model
 
 
 @pytest.fixture
@@ -70,5 +70,5 @@ def test_a_folder_with_tensors_that_no_model_needs_is_evaluated(config, tmp_path
 
 
 def test_the_engine_is_set_as_in_the_run(config):
-    assert engine_settings(config("rollout.engine.batch_size=3")).batch_size == 3
-    assert engine_settings(config("rollout={kind: replay, path: nowhere}")) == EmbeddedSettings()
+    assert engine_part(config("rollout.engine.batch_size=3")) == Embedded(batch_size=3)
+    assert engine_part(config("rollout={kind: replay, path: nowhere}")) == Embedded()
