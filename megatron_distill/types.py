@@ -90,6 +90,8 @@ class Rollout:
     """Response ids; the end-of-sequence id included when `stop` is EOS."""
     logprobs: tuple[float, ...] | None
     """Natural log-probabilities under the engine's sampling temperature, one per token; None for demonstrations."""
+    temperature: float | None = None
+    """Of `logprobs`; None where there are none, or nobody wrote it down."""
     origin: tuple[Origin, ...]
     stop: Stop
     version: int
@@ -136,6 +138,11 @@ class Responses:
     segment_R: Tensor
     origin_R: Tensor
     rollout_logp_R: Tensor
+
+    @property
+    def sampled_R(self) -> Tensor:
+        """bool: tokens that the student sampled and whose log-probs the engine wrote down."""
+        return (self.origin_R == Origin.STUDENT) & ~self.rollout_logp_R.isnan()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +205,8 @@ class Batch:
     counts: Counts
     version: int
     """Oldest weights that wrote any of its rollouts."""
+    temperature: float | None = None
+    """Of all log-probs that the engine wrote down in the step; None: there are none, or not of one temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from megatron_distill.objectives._importance import Importance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class TrainSection:
     losses: Literal["auto", "eager", "compiled", "triton"] = "auto"
     """Who computes losses over the vocabulary: torch as it stands, its compiler, or the project's Triton kernels.
     `auto` is `compiled` on a GPU and `eager` on a CPU, where compiling pays only in long runs."""
+    importance: Importance = field(default_factory=Importance)
+    """What becomes of tokens that the engine sampled with other probabilities than the trainer's."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is NaN or infinite: end the run, or leave out the step and count it."""
 

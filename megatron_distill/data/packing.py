@@ -66,7 +66,13 @@ def pack(
             groups=len({one.group for one in sequences}),
         ),
         version=version,
+        temperature=_temperature(scored),
     )
+
+
+def _temperature(scored: Sequence[Scored]) -> float | None:
+    found = {one.rollout.temperature for one in scored if one.rollout.logprobs is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _number(scored: Sequence[Scored], multiple: int) -> list[_Sequence]:

@@ -77,6 +77,7 @@ def _record(one: Scored, step: int) -> dict[str, Any]:
         },
         "tokens": list(rollout.tokens),
         "logprobs": None if rollout.logprobs is None else list(rollout.logprobs),
+        "temperature": rollout.temperature,
         "origin": _shorten(rollout.origin),
         "facts": dict(one.facts),
     }
@@ -102,6 +103,7 @@ def _scored(record: Mapping[str, Any]) -> Scored:
             sample=int(record["sample"]),
             tokens=tokens,
             logprobs=None if logprobs is None else tuple(map(float, logprobs)),
+            temperature=record.get("temperature"),  # traces that are older do not say
             origin=(Origin(origin),) * len(tokens) if isinstance(origin, int) else tuple(map(Origin, origin)),
             stop=Stop(record["stop"]),
             version=min(versions),

@@ -30,7 +30,11 @@ class MicroLoss(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Keys of the sums that `__call__` returns, the same on every rank."""
+        """Keys of the sums that `__call__` returns and that add up to the loss, the same on every rank."""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Keys of other sums that it returns, which are only logged, the same on every rank."""
 
     def __call__(self, logits_Cv: Tensor, micro: int, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """Raw logits of some rows of micro-batch `micro` to their part of the loss, and detached sums to log."""
@@ -67,7 +71,7 @@ def forward_backward(network: Network, batch: Batch, loss: MicroLoss, chunk_rows
             micro_batch_size=1,
             forward_only=False,
         )
-    return _total(network, parts, loss.names)
+    return _total(network, parts, loss.names + loss.figures)
 
 
 def gradient_buffer(network: Network) -> Tensor | None:

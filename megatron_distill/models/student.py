@@ -115,7 +115,7 @@ class Student:
             self.network.module.zero_grad_buffer()
             self.optimizer.zero_grad()
         sums = forward_backward(self.network, batch, loss, self.chunk_rows)
-        total = sum(sums.values())
+        total = sum(sums[name] for name in loss.names)
         self.lr_schedule.step(increment=1)
         with self.network.runtime.backend.megatron():
             # Megatron's own step has no place to stop between the norm and the update

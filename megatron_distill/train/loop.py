@@ -21,8 +21,9 @@ from megatron_distill.teachers.base import Teacher
 from megatron_distill.train.describe import describe_cuts, describe_rollouts, describe_step
 from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Clock, Metrics
+from megatron_distill.train.mismatch import mismatch_of
 from megatron_distill.train.preflight import shared_vocab, student_tokenizer
-from megatron_distill.train.step import Signals, bind, token_stats
+from megatron_distill.train.step import Signals, bind, corrected, token_stats
 from megatron_distill.types import Batch, Metric, Scored
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
         stats = token_stats(student, batch, signals, run.objective.needs, run.objective.temperature)
     scope = Scope(seed=run.train.seed, step=step, data_group=runtime.mesh.groups.dp)
     plan, progress.objective = run.objective.prepare(stats, batch, scope, progress.objective)
+    with clock("score"):
+        plan = corrected(plan, run.train.importance, stats, run.objective, batch, scope, student)
     with clock("train"):
-        loss = bind(run.objective, signals, plan, batch, student.partition)
+        loss = bind(run.objective, signals, plan, batch, student.partition, mismatch_of(batch, scope))
         report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
     with clock("sync"):
         parts.source.publish(student, step + 1)
@@ -109,8 +112,12 @@ def connect(run: RunConfig, runtime: Runtime) -> Iterator[Parts]:
         chunk_rows=run.train.chunk_rows,
         valid_vocab=shared_vocab(run),
     )
-    teachers = {name: part.connect(student, tokenizer) for name, part in run.teachers.items()}
+    logs = run.paths.run / "logs"
     with ExitStack() as stack:
+        teachers = {
+            name: stack.enter_context(closing(part.connect(student, tokenizer, logs / f"teacher-{name}")))
+            for name, part in run.teachers.items()
+        }
         source = stack.enter_context(closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))))
         held_out = HeldOut.connect(run, student, tokenizer, source.engine)
         if held_out is not None:

@@ -51,6 +51,7 @@ class _Likelihood:
     batch: Batch
     partition: VocabPartition
     names: tuple[str, ...] = ("loss",)
+    figures: tuple[str, ...] = ()
 
     def __call__(self, logits_Cv: Tensor, micro: int, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         shard = VocabShard.of(logits_Cv, self.partition, 1.3, disposable=True)

@@ -26,6 +26,7 @@ def example(sample: int, reward: float | None, logprobs: tuple[float, ...] | Non
         sample=sample,
         tokens=(4, 5, 6),
         logprobs=logprobs,
+        temperature=None if logprobs is None else 0.7,
         origin=origin,
         stop=Stop.LENGTH,
         version=7,
@@ -51,6 +52,12 @@ def test_versions_are_kept_per_token_and_written_in_runs(tmp_path: Path) -> None
     assert [json.loads(line)["version"] for line in path.read_text().split("\n")[:-1]] == [[[6, 1], [7, 2]], 7]
     assert read_traces(path) == {3: [mixed, STEP[1]]}
     assert [one.rollout.versions for one in read_traces(path)[3]] == [(6, 7, 7), (7, 7, 7)]
+
+
+def test_traces_of_before_say_no_temperature(tmp_path: Path) -> None:
+    path = write_traces(tmp_path, 3, STEP[:1])
+    path.write_text(path.read_text().replace('"temperature": 0.7, ', ""))
+    assert read_traces(path) == {3: [replace(STEP[0], rollout=replace(STEP[0].rollout, temperature=None))]}
 
 
 def test_version_is_the_oldest_of_the_tokens() -> None:
