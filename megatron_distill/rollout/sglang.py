@@ -65,10 +65,10 @@ class Client(Connection):
         Raises:
             ServerError: as every method of this class.
         """
-        model, server = await self.call("GET", "/model_info"), await self.call("GET", "/server_info")
+        told = [await self.call("GET", path) for path in ("/model_info", "/server_info", "/v1/models")]
         vocab_size = await self._vocab_size()
         with self.reading("/server_info"):
-            self._info = wire.info(model, server, vocab_size)
+            self._info = wire.info(*told, vocab_size)
         return self._info
 
     async def _known(self) -> ServerInfo:

@@ -54,15 +54,15 @@ class ServerInfo:
     version: str
     """Of SGLang."""
     settings: Mapping[str, Any]
-    """Everything it was started with, as it tells; no keys."""
+    """What it was started with, as it tells: names and single values, and `architectures`; no keys."""
 
 
 RESERVED = 6
 """Tokens of its context that a server keeps free of prompts."""
 
 
-def info(model: Any, server: Any, vocab_size: int) -> ServerInfo:
-    """What `/model_info` and `/server_info` tell.
+def info(model: Any, server: Any, listed: Any, vocab_size: int) -> ServerInfo:
+    """What `/model_info`, `/server_info` and `/v1/models` tell.
 
     Raises:
         ValueError: something is missing.
@@ -72,12 +72,17 @@ def info(model: Any, server: Any, vocab_size: int) -> ServerInfo:
         served_name=_part(model, "served_model_name", str),
         weight_version=_part(model, "weight_version", str),
         vocab_size=vocab_size,
-        context_length=_part(server, "context_length", int),
+        context_length=_part(_part(listed, "data", list)[0], "max_model_len", int),
         longest_prompt=_part(server, "max_req_input_len", int),
         tp_size=_part(server, "tp_size", int),
         version=_part(server, "version", str),
-        settings={name: value for name, value in (model | server).items() if "key" not in name},
+        settings={name: value for name, value in (model | server).items() if _public(name, value)},
     )
+
+
+def _public(name: str, value: Any) -> bool:
+    """A server tells its keys too: as settings, and inside the command that started it."""
+    return not ("key" in name or "command" in name or isinstance(value, dict | list) and name != "architectures")
 
 
 def generation(request: Request, rid: str, stop_ids: Sequence[int], forbidden: Mapping[str, float]) -> dict[str, Any]:
