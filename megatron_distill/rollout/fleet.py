@@ -57,6 +57,8 @@ class Fleet:
         self._on_lost = on_lost
         self._versions: list[int] = []
         self._settled = -1
+        self.redone = 0
+        """Requests that were sent once more because a server failed."""
         self._lost: EngineError | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._name, self._number = uuid.uuid4().hex[:8], itertools.count()
@@ -204,6 +206,7 @@ class Fleet:
                 self._wake(1)
             if attempt == ATTEMPTS:
                 raise failure
+            self.redone += 1
         raise AssertionError("counting never ends")
 
     def _took_back(self, server: _Server, task: asyncio.Task[Any]) -> bool:

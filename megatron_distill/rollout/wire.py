@@ -82,7 +82,7 @@ def info(model: Any, server: Any, listed: Any, vocab_size: int) -> ServerInfo:
 
 def _public(name: str, value: Any) -> bool:
     """A server tells its keys too: as settings, and inside the command that started it."""
-    return not ("key" in name or "command" in name or isinstance(value, dict | list) and name != "architectures")
+    return not ("key" in name or "command" in name or (isinstance(value, dict | list) and name != "architectures"))
 
 
 def generation(request: Request, rid: str, stop_ids: Sequence[int], forbidden: Mapping[str, float]) -> dict[str, Any]:
