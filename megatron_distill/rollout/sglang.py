@@ -68,7 +68,7 @@ class Client(Connection):
         told = [await self.call("GET", path) for path in ("/model_info", "/server_info", "/v1/models")]
         vocab_size = await self._vocab_size()
         with self.reading("/server_info"):
-            self._info = wire.info(*told, vocab_size)
+            self._info = wire.info(*told, vocab_size=vocab_size)
         return self._info
 
     async def _known(self) -> ServerInfo:

@@ -61,7 +61,7 @@ RESERVED = 6
 """Tokens of its context that a server keeps free of prompts."""
 
 
-def info(model: Any, server: Any, listed: Any, vocab_size: int) -> ServerInfo:
+def info(model: Any, server: Any, listed: Any, *, vocab_size: int) -> ServerInfo:
     """What `/model_info`, `/server_info` and `/v1/models` tell.
 
     Raises:

@@ -1,0 +1,199 @@
+"""What a client makes of servers that fail: real ports that hang up, cut, stall or refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from megatron_distill.errors import (
+    BadAnswer,
+    EngineError,
+    RequestRefused,
+    RequestTimedOut,
+    ServerError,
+    ServerFailed,
+    ServerLost,
+    SyncError,
+)
+from megatron_distill.rollout.base import Given, Request, Sampling
+from megatron_distill.rollout.fleet import Fleet
+from megatron_distill.rollout.sglang import Address, Client, Limits
+from tests.broken import Behaviour, closed_port, listening, resetting, saying, silent
+
+ASKED = Request(tokens=(3, 4), sampling=Sampling(max_new_tokens=4), key=(1, 2))
+SHORT = Limits(request_seconds=0.3, control_seconds=0.3, connect_seconds=0.3)
+
+
+def http(status: str, body: bytes, *, length: int | None = None) -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (
+        status.encode(),
+        len(body) if length is None else length,
+        body,
+    )
+
+
+def failure(
+    behave: Behaviour, work: Any = lambda client: client.call("POST", "/generate", {}, rid="r-7")
+) -> EngineError:
+    """The error that some work with a server of that behaviour ends in."""
+
+    async def ask() -> EngineError:
+        async with listening(behave) as url, Client(Address(url), limits=SHORT) as client:
+            with pytest.raises(EngineError) as caught:
+                await work(client)
+            assert url in str(caught.value), "an error says which server"
+            return caught.value
+
+    return within(5, ask())
+
+
+def within[T](seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async def limited() -> T:
+        async with asyncio.timeout(seconds):
+            return await work
+
+    return asyncio.run(limited())
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind", "told"),
+    [
+        (http("200 OK", b'{"a": 1', length=500), ServerLost, "ContentLengthError|not enough data"),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n{",
+            ServerLost,
+            "TransferEncodingError|not enough",
+        ),
+        (http("200 OK", b'{"output_ids": [1, 2'), ServerLost, "was cut, or is no JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b'{"output_ids": [1, 2', ServerLost, "was cut, or is no JSON"),
+        (b"", ServerLost, "died over it"),
+        (b"220 smtp.example ESMTP\r\n\r\n", ServerLost, "died over it"),
+        (
+            http("400 Bad Request", b'{"error": {"message": "Input is too long"}}'),
+            RequestRefused,
+            "HTTP 400: Input is too",
+        ),
+        (http("400 Bad Request", b'{"success": false, "message": "no group"}'), RequestRefused, "HTTP 400: no group"),
+        (http("404 Not Found", b"nothing here"), RequestRefused, "HTTP 404: nothing here"),
+        (http("401 Unauthorized", b'{"error": "Unauthorized"}'), RequestRefused, "api_key_file"),
+        (http("503 Service Unavailable", b'{"message": "queue is full"}'), ServerFailed, "HTTP 503: queue is full"),
+        (http("500 Internal Server Error", b"x" * 5000), ServerFailed, "xxx\\.\\.\\."),
+        (http("302 Found\r\nLocation: http://elsewhere.invalid/", b""), BadAnswer, "something else listening"),
+    ],
+)
+def test_what_an_answer_means(raw: bytes, kind: type[ServerError], told: str) -> None:
+    error = failure(saying(raw))
+    assert type(error) is kind
+    assert isinstance(error, ServerError)
+    assert error.request == "r-7"
+    assert "r-7" in str(error), "an error says which request"
+    with pytest.raises(kind, match=told):
+        raise error
+    assert len(str(error)) < 1000
+
+
+def test_a_port_nobody_listens_on() -> None:
+    async def ask() -> None:
+        async with Client(Address(f"http://127.0.0.1:{closed_port()}")) as client:
+            assert not await client.ready()
+            with pytest.raises(ServerLost, match="is not there, or died"):
+                await client.info()
+
+    within(5, ask())
+
+
+def test_a_connection_that_is_reset_is_a_lost_server() -> None:
+    assert type(failure(resetting)) is ServerLost
+
+
+def test_a_server_that_never_answers_costs_a_bounded_time() -> None:
+    async def ask() -> None:
+        async with listening(silent) as url, Client(Address(url), limits=SHORT) as client:
+            assert not await client.ready()
+            with pytest.raises(RequestTimedOut, match=r"no answer within 0.3 s"):
+                await client.info()
+            with pytest.raises(RequestTimedOut):
+                await client.pause()
+
+    within(5, ask())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda client: client.generate(ASKED, "r"), lambda client: client.score(Given(tokens=(3, 4), start=1), "r")],
+)
+def test_work_on_a_server_that_answers_nonsense_is_an_error(work: Any) -> None:
+    error = failure(saying(http("200 OK", b'{"hello": "world"}')), work)
+    assert type(error) is BadAnswer
+
+
+def test_errors_cross_processes_whole() -> None:
+    for error in (
+        RequestRefused("why", server="http://a", request="r-1", status=404),
+        ServerLost("why", server="http://a", request="r-1"),
+        SyncError("why", servers=("http://a",)),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_a_key_is_never_shown() -> None:
+    address = Address("http://127.0.0.1:1/", api_key="secret-123")
+    assert address.url == "http://127.0.0.1:1"
+    assert "secret-123" not in repr(address)
+    seen: list[bytes] = []
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(http("403 Forbidden", b""))
+
+    async def ask() -> str:
+        async with listening(note) as url, Client(Address(url, "secret-123")) as client:
+            with pytest.raises(RequestRefused) as caught:
+                await client.call("GET", "/model_info")
+            return str(caught.value)
+
+    assert "secret-123" not in within(5, ask())
+    assert b"Authorization: Bearer secret-123" in seen[0]
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "ftp://host", "http://", ""])
+def test_an_address_is_a_url(url: str) -> None:
+    with pytest.raises(ValueError, match="http://host:port"):
+        Address(url)
+
+
+def test_a_fleet_without_anyone_to_heal_it_fails_when_its_last_server_is_lost() -> None:
+    async def ask() -> tuple[list[str], str]:
+        async with listening(resetting) as one, listening(saying(b"")) as other:
+            async with Fleet([Client(Address(one)), Client(Address(other))]) as fleet:
+                with pytest.raises(ServerLost) as caught:
+                    await fleet.generate_all([ASKED] * 20)
+                return fleet.lost, str(caught.value)
+
+    lost, told = within(5, ask())
+    assert len(lost) == 2
+    assert any(url in told for url in lost)
+
+
+def test_a_server_that_refuses_is_asked_once() -> None:
+    asked = 0
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await saying(http("400 Bad Request", b'{"message": "never"}'))(reader, writer)
+
+    async def ask() -> None:
+        async with listening(refuse) as url, Fleet([Client(Address(url))]) as fleet:
+            with pytest.raises(RequestRefused, match="never"):
+                await fleet.generate_all([ASKED])
+            assert fleet.serving == [url], "a refusal says nothing against the server"
+            assert fleet.redone == 0
+
+    within(5, ask())
+    assert asked == 1
