@@ -20,9 +20,12 @@ from megatron_distill.errors import EngineError, RequestTimedOut, ServerFailed, 
 from megatron_distill.rollout.base import Completion, Given, Request
 from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.wire import Scores
+from megatron_distill.types import Stop
 
 ATTEMPTS = 5
 """How often one request is sent at most: one that kills every server that takes it must not do so for ever."""
+ABORT_AGAIN = 0.5
+"""Seconds until those that an abort missed are aborted again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +34,10 @@ class _Server:
     serving: bool = True
     busy: set[asyncio.Task[Any]] = field(default_factory=set)
     """Requests in flight there."""
+
+
+class _Stopped(Exception):
+    """`abort_all` was called before a request was sent."""
 
 
 class Fleet:
@@ -57,6 +64,8 @@ class Fleet:
         self._on_lost = on_lost
         self._versions: list[int] = []
         self._settled = -1
+        self._stops = 0
+        """How often `abort_all` was called."""
         self.redone = 0
         """Requests that were sent once more because a server failed."""
         self._lost: EngineError | None = None
@@ -135,8 +144,13 @@ class Fleet:
             EngineError: the first failure that asking again cannot help; everything else in flight is aborted.
         """
 
+        stops = self._stops
+
         async def one(index: int, request: Request) -> Completion:
-            completion = await self._ask(lambda client, rid: self._generate(client, request, rid))
+            try:
+                completion = await self._ask(lambda client, rid: self._generate(client, request, rid), stops)
+            except _Stopped:
+                completion = Completion(tokens=(), logprobs=(), stop=Stop.ABORTED, version=self._settled)
             if on_done is not None:
                 on_done(index, completion)
             return completion
@@ -158,7 +172,7 @@ class Fleet:
         """
 
         async def one(index: int, what: Given) -> Scores:
-            found = await self._ask(lambda client, rid: client.score(what, rid, top_k))
+            found = await self._ask(lambda client, rid: client.score(what, rid, top_k), None)
             if on_done is not None:
                 on_done(index, found)
             return found
@@ -166,8 +180,19 @@ class Fleet:
         return await _all([one(index, what) for index, what in enumerate(given)])
 
     async def abort_all(self) -> None:
-        """Stop everything in flight; its callers get what was written, what still waits for a place is sent later."""
-        await _all([server.client.abort_all() for server in self._servers.values() if server.serving])
+        """End every `generate_all` that runs: its callers get what was written, nothing of what was not yet sent."""
+        self._stops += 1
+        self._wake(len(self._waiting))
+        await _all([self._abort(server) for server in self._servers.values()])
+
+    async def _abort(self, server: _Server) -> None:
+        """Until all that is in flight there has ended: a request that is on its way is not known to the server yet."""
+        while server.serving and (busy := set(server.busy)):
+            try:
+                await server.client.abort_all()
+            except (ServerLost, RequestTimedOut) as error:
+                self.withdraw(server.client.url, error)
+            await asyncio.wait(busy, timeout=ABORT_AGAIN)
 
     async def _generate(self, client: Client, request: Request, rid: str) -> Completion:
         least = self._settled
@@ -183,10 +208,12 @@ class Fleet:
                 )
         return completion
 
-    async def _ask[Answer](self, send: Callable[[Client, str], Coroutine[Any, Any, Answer]]) -> Answer:
-        """One answer, from whichever server has it first; only what can succeed is sent again."""
+    async def _ask[Answer](
+        self, send: Callable[[Client, str], Coroutine[Any, Any, Answer]], stops: int | None
+    ) -> Answer:
+        """One answer; only what can succeed is sent again, and nothing once `_stops` is no longer `stops`."""
         for attempt in itertools.count(1):
-            server = await self._place()
+            server = await self._place(stops)
             task: asyncio.Task[Answer] = asyncio.create_task(send(server.client, self._rid()))
             server.busy.add(task)
             try:
@@ -221,9 +248,11 @@ class Fleet:
     def _rid(self) -> str:
         return f"{self._name}-{next(self._number)}"
 
-    async def _place(self) -> _Server:
+    async def _place(self, stops: int | None) -> _Server:
         """The least busy server, as soon as one has room."""
         while True:
+            if stops is not None and stops != self._stops:
+                raise _Stopped
             open_ones = [server for server in self._servers.values() if server.serving]
             if not open_ones and self._on_lost is None:
                 raise self._lost or EngineError("the fleet has no servers; give at least one address")

@@ -87,7 +87,7 @@ class Client(Connection):
         )
 
     async def ready(self) -> bool:
-        """Whether it takes requests; cheap, asks nothing of the model, and stays true while it is paused."""
+        """Whether it takes requests now; cheap, asks nothing of the model. A server that is paused does not."""
         try:
             await self.call("GET", "/ready")
         except (ServerLost, ServerFailed, RequestTimedOut):

@@ -169,11 +169,14 @@ def test_an_address_is_a_url(url: str) -> None:
 
 def test_a_fleet_without_anyone_to_heal_it_fails_when_its_last_server_is_lost() -> None:
     async def ask() -> tuple[list[str], str]:
-        async with listening(resetting) as one, listening(saying(b"")) as other:
-            async with Fleet([Client(Address(one)), Client(Address(other))]) as fleet:
-                with pytest.raises(ServerLost) as caught:
-                    await fleet.generate_all([ASKED] * 20)
-                return fleet.lost, str(caught.value)
+        async with (
+            listening(resetting) as one,
+            listening(saying(b"")) as other,
+            Fleet([Client(Address(one)), Client(Address(other))]) as fleet,
+        ):
+            with pytest.raises(ServerLost) as caught:
+                await fleet.generate_all([ASKED] * 20)
+            return fleet.lost, str(caught.value)
 
     lost, told = within(5, ask())
     assert len(lost) == 2
