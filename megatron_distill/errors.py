@@ -29,6 +29,10 @@ class EngineError(DistillError, RuntimeError):
     """A rollout engine that gave no usable answer."""
 
 
+class EngineStopped(EngineError):
+    """The engine of a run cannot go on; raised on all ranks together, so that they can save a checkpoint first."""
+
+
 class ServerError(EngineError):
     """Something between this process and one server.
 

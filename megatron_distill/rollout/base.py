@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -96,6 +97,8 @@ class WholeWeights:
     """Weights that this process can read whole, such as those of a model folder."""
 
     read: Callable[[], Iterable[tuple[str, Tensor]]]
+    folder: Path | None = None
+    """Model folder in which they lie just so, if there is one."""
 
     def weights(self) -> Iterable[tuple[str, Tensor]]:
         """Hugging Face name and full tensor of every parameter."""
@@ -118,6 +121,19 @@ class RolloutEngine(Protocol):
         """Whether `load_weights` may be called, from another thread, while `generate` runs."""
         ...
 
+    weights_come_from_elsewhere: bool
+    """Set where another thread loads weights when `needs_weights`; otherwise `generate` sees to it by itself."""
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a part of it waits for the weights in force, having lost its own; maybe only this rank knows."""
+        ...
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """What it has to tell of itself, by name, for the metrics; the first rank's count."""
+        ...
+
     @property
     def version(self) -> int:
         """Optimizer steps behind its weights; -1 before the first `load_weights`."""
@@ -129,6 +145,10 @@ class RolloutEngine(Protocol):
 
     def score(self, given: Sequence[Given], temperature: float = 1.0) -> list[tuple[float, ...]]:
         """Log-probs of `tokens[start:]` of each, in order."""
+        ...
+
+    def abort(self) -> None:
+        """Let `generate` return at once, from any thread: what is not whole has `Stop.ABORTED` and may be empty."""
         ...
 
     def load_weights(self, student: HoldsWeights, version: int) -> None:

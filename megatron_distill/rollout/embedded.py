@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class EmbeddedEngine:
 
     everywhere = True
     updates_in_flight = False
+    needs_weights = False
 
     def __init__(
         self,
@@ -48,7 +50,10 @@ class EmbeddedEngine:
             ModelError: no usable config.json.
         """
         self.version = -1
+        self.weights_come_from_elsewhere = False
+        self.figures: dict[str, float] = {}
         self._batch_size = batch_size
+        self._aborted = Event()
         self._device = device or torch.device("cpu")
         self._stop_ids = torch.tensor(sorted(stop_ids), device=self._device)
         self._model = _empty_model(Path(folder)).to(self._device)
@@ -84,11 +89,16 @@ class EmbeddedEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in order; draws depend on each request's key alone."""
         self._check(requests)
+        self._aborted.clear()
         done: dict[int, Completion] = {}
         for chosen in self._batches(requests):
             batch = [requests[index] for index in chosen]
             done.update(zip(chosen, self._write(batch, batch[0].sampling), strict=True))
         return [done[index] for index in range(len(requests))]
+
+    def abort(self) -> None:
+        """Let `generate` return what it has; what was not begun comes back without a token."""
+        self._aborted.set()
 
     def _check(self, requests: Sequence[Request]) -> None:
         if self.version < 0:
@@ -124,6 +134,9 @@ class EmbeddedEngine:
         row_b = torch.arange(size, device=self._device)  # the rows of B that are still computed
         state = self._prefill([request.tokens for request in requests], longest)
         for turn in range(longest):
+            if self._aborted.is_set():
+                length_B[~ended_B] = turn
+                break
             token_b, logp_b = _choose(state.logits_bV[:, : self._valid], draws_BN[row_b, turn], sampling)
             tokens_BN[row_b, turn] = token_b
             logp_BN[row_b, turn] = logp_b
@@ -146,7 +159,7 @@ class EmbeddedEngine:
             Completion(
                 tokens=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
-                stop=Stop.EOS if ended else Stop.LENGTH,
+                stop=Stop.EOS if ended else Stop.LENGTH if length == len(tokens) else Stop.ABORTED,
                 version=self.version,
             )
             for tokens, logprobs, length, ended in rows

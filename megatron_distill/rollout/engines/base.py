@@ -11,6 +11,7 @@ import torch
 
 from megatron_distill.rollout.base import RolloutEngine
 from megatron_distill.rollout.sample import Ranks
+from megatron_distill.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +26,8 @@ class Serving:
     tokenizer: PreTrainedTokenizerBase
     ranks: Ranks
     """The run's; an engine that is one for all ranks gives them all the same answers."""
+    mesh: Mesh | None = None
+    """The ranks that hold the student, where it is cut over them and its weights are pushed from there."""
     valid_vocab: int | None = None
     """Ids from here on are padding that is never drawn; None: the model has none."""
     device: torch.device | None = None

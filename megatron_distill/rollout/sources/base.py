@@ -15,6 +15,7 @@ from megatron_distill.data.prompts import Prompts
 from megatron_distill.rewards.base import Verifier
 from megatron_distill.rollout.base import HoldsWeights, RolloutEngine
 from megatron_distill.rollout.sample import Ranks
+from megatron_distill.runtime.mesh import Mesh
 from megatron_distill.types import Origin, Prompt, Scored
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Surroundings:
     """The run that a source works in."""
 
     ranks: Ranks
-    """The mesh."""
+    """For what ranks exchange while they write."""
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     verifier: Verifier
@@ -40,6 +41,8 @@ class Surroundings:
     steps: int
     """Of the whole run."""
     device: torch.device
+    mesh: Mesh | None = None
+    """The ranks that hold the student; an engine that is one for all ranks takes weights from there."""
 
     def cursor(self) -> Cursor:
         """At the start of the prompts."""

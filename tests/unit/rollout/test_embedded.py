@@ -1,5 +1,7 @@
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any, Literal
 
 import numpy as np
@@ -226,3 +228,21 @@ def test_random_source_is_fixed_by_its_key() -> None:
     """The numbers themselves: a run resumed after an upgrade must draw what it would have drawn."""
     assert random_source((1, "rollout", 2)).random(2).tolist() == [0.05068027049853763, 0.5335539481638114]
     assert random_source((1, "rollout", 2)).random() != random_source((1, "rollout", 3)).random()
+
+
+def test_an_abort_from_another_thread_gives_back_what_was_written(qwen3: Path) -> None:
+    made = engine(qwen3, batch_size=2, stop_ids=())
+    asked = requests(4, Sampling(max_new_tokens=200))
+    whole = made.generate(asked)
+    begin = time.perf_counter()
+    made.generate(asked)
+    timer = Timer((time.perf_counter() - begin) / 4, made.abort)
+    timer.start()
+    partial = made.generate(asked)
+    timer.join()
+    for before, after in zip(whole, partial, strict=True):
+        assert after.tokens == before.tokens[: len(after.tokens)]
+        assert after.logprobs == before.logprobs[: len(after.tokens)]
+        assert (after.stop is Stop.ABORTED) == (len(after.tokens) < len(before.tokens))
+    assert partial[0] != whole[0] or partial[-1] != whole[-1]
+    assert made.generate(asked) == whole, "the next call is whole again"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class Scripted:
 
     everywhere: bool = True
     updates_in_flight: bool = False
+    needs_weights: bool = False
+    weights_come_from_elsewhere: bool = False
+    figures: dict[str, float] = field(default_factory=dict)
 
     def connect(self, serving: Serving) -> Scripted:
         return Scripted(script=self.script, tokenizer=serving.tokenizer)
@@ -65,6 +68,9 @@ class Scripted:
 
     def score(self, given: Sequence[Given], temperature: float = 1.0) -> list[tuple[float, ...]]:
         return [(-0.5,) * (len(one.tokens) - one.start) for one in given]
+
+    def abort(self) -> None:
+        """A script is never in the middle of anything."""
 
     def load_weights(self, student: HoldsWeights, version: int) -> None:
         """A script has none."""
