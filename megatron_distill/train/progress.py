@@ -21,12 +21,41 @@ SHOWN = {
     "perf/tokens_per_s": ("tokens/s", "{:,.0f}"),
 }
 """How a metric's name begins: label and format."""
+TIME = "time/"
 
 
 def progress(done: int, steps: int, every: int, console: Console | None = None) -> Sink:
     """The sink that fits what stdout is."""
     console = console or Console()
     return Live(done, steps, console) if console.is_terminal else Text(done, steps, every, console)
+
+
+class Phases:
+    """Where the time of a run's steps went."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._steps = 0
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Count what one line of metrics says of time; an evaluation's line says nothing."""
+        seconds = {name[len(TIME) : -2]: value for name, value in values.items() if name.startswith(TIME)}
+        self._steps += bool(seconds)
+        for phase, value in seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + value
+
+    def line(self) -> str:
+        """`time per step 2.10 s: rollout 1.20 s (57%), ...`, longest first; what no phase counts is `other`."""
+        whole = self._seconds.get("step", 0.0)
+        if not whole:
+            return ""
+        phases = {name: seconds for name, seconds in self._seconds.items() if name != "step"}
+        phases["other"] = max(whole - sum(phases.values()), 0.0)
+        told = [
+            f"{name} {seconds / self._steps:.2f} s ({seconds / whole:.0%})"
+            for name, seconds in sorted(phases.items(), key=lambda one: -one[1])
+        ]
+        return f"time per step {whole / self._steps:.2f} s: {', '.join(told)}"
 
 
 def numbers(values: Mapping[str, float]) -> str:
@@ -44,6 +73,8 @@ class Live:
 
     def __init__(self, done: int, steps: int, console: Console) -> None:
         self._latest: dict[str, float] = {}
+        self._phases = Phases()
+        self._console = console
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -59,10 +90,12 @@ class Live:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._latest |= values
+        self._phases.add(values)
         self._progress.update(self._task, completed=step, numbers=numbers(self._latest))
 
     def close(self) -> None:
         self._progress.stop()
+        _show(self._phases, self._console)
 
 
 class Text:
@@ -74,8 +107,10 @@ class Text:
         self._every = every
         self._console = console
         self._begin = time.perf_counter()
+        self._phases = Phases()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._phases.add(values)
         evaluated = any(name.startswith("eval/") for name in values)
         if step % self._every and step != self._steps and not evaluated:
             return
@@ -87,4 +122,9 @@ class Text:
         )
 
     def close(self) -> None:
-        pass
+        _show(self._phases, self._console)
+
+
+def _show(phases: Phases, console: Console) -> None:
+    if line := phases.line():
+        console.print(line, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ import io
 import json
 import math
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -122,6 +123,18 @@ def test_a_terminal_gets_one_live_line():
     sink.close()
     assert "1/5" in out.getvalue()
     assert "reward 0.250" in out.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_ends_with_where_its_time_went(terminal):
+    out = io.StringIO()
+    sink = progress(0, 2, 1, Console(file=out, force_terminal=terminal, width=200))
+    for step in (1, 2):
+        sink.write(step, {"time/step_s": 2.0, "time/rollout_s": 1.0, "time/train_s": 0.5, "time/sync_s": 0.1 * step})
+    sink.write(2, {"eval/avg_at_1": 0.5})
+    sink.close()
+    told = "time per step 2.00 s: rollout 1.00 s (50%), train 0.50 s (25%), other 0.35 s (18%), sync 0.15 s (8%)"
+    assert out.getvalue().splitlines()[-1].endswith(told)
 
 
 def test_environment_names_versions(tmp_path):
