@@ -70,6 +70,11 @@ class Ranks:
         dist.all_gather_object(gathered, value, group=self.host)
         return gathered  # type: ignore[return-value]
 
+    def apart(self) -> Ranks:
+        """The same ranks over a group of their own, for a second thread of each; collective."""
+        host = self.host if self.world == 1 else dist.new_group(backend="gloo")
+        return Ranks(rank=self.rank, host=host)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from megatron_distill.config import RunConfig
@@ -15,6 +16,8 @@ from megatron_distill.models import checkpoint
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.objectives.base import Scope, State
+from megatron_distill.rollout.prefetch import Prefetch
+from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.rollout.sources.base import Source, Surroundings
 from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.teachers.base import Teacher
@@ -118,11 +121,21 @@ def connect(run: RunConfig, runtime: Runtime) -> Iterator[Parts]:
             name: stack.enter_context(closing(part.connect(student, tokenizer, logs / f"teacher-{name}")))
             for name, part in run.teachers.items()
         }
-        source = stack.enter_context(closing(run.rollout.connect(surroundings(run, runtime, student, tokenizer))))
+        source = stack.enter_context(closing(connect_source(run, runtime, student, tokenizer)))
         held_out = HeldOut.connect(run, student, tokenizer, source.engine)
         if held_out is not None:
             stack.enter_context(closing(held_out))
         yield Parts(runtime=runtime, student=student, teachers=teachers, source=source, held_out=held_out)
+
+
+def connect_source(run: RunConfig, runtime: Runtime, student: Student, tokenizer: PreTrainedTokenizerBase) -> Source:
+    """The source of rollouts, ahead of training where the config asks for it."""
+    around = surroundings(run, runtime, student, tokenizer)
+    if not isinstance(run.rollout, Writing) or run.rollout.prefetch.depth == 0:
+        return run.rollout.connect(around)
+    # its thread exchanges over a group of its own, and a tokenizer serves one thread
+    apart = replace(around, ranks=runtime.mesh.apart(), tokenizer=deepcopy(tokenizer))
+    return Prefetch(run.rollout.connect(apart), run.rollout.prefetch, runtime.mesh, run.train.steps)
 
 
 def surroundings(
@@ -131,6 +144,7 @@ def surroundings(
     """What a rollout source is told of the run."""
     return Surroundings(
         ranks=runtime.mesh,
+        mesh=runtime.mesh,
         tokenizer=tokenizer,
         prompts=load_prompts(run.data, tokenizer),
         verifier=run.reward,

@@ -11,6 +11,7 @@ from megatron_distill.data.traces import write_traces
 from megatron_distill.rollout.base import HoldsWeights, Key, RolloutEngine, Sampling
 from megatron_distill.rollout.engines.base import EnginePart, Serving
 from megatron_distill.rollout.engines.embedded import Embedded
+from megatron_distill.rollout.prefetch import PrefetchSettings
 from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
 from megatron_distill.rollout.sources.base import SourcePart, Surroundings, take
 from megatron_distill.types import Prompt, Scored
@@ -28,6 +29,8 @@ class Writing(SourcePart):
     """How the tokens are drawn."""
     engine: EnginePart = field(default_factory=Embedded)
     """What writes the responses; `kind` embedded where none is named."""
+    prefetch: PrefetchSettings = field(default_factory=PrefetchSettings)
+    """Rollouts written ahead of training; none where it is left out."""
     record: bool = False
     """Write every rollout to `traces/` of the run folder, to be replayed."""
 
@@ -55,6 +58,7 @@ class Writer(ABC):
                     folder=surroundings.student_folder,
                     tokenizer=surroundings.tokenizer,
                     ranks=surroundings.ranks,
+                    mesh=surroundings.mesh,
                     valid_vocab=surroundings.valid_vocab,
                     device=surroundings.device,
                     run_folder=surroundings.run_folder,
