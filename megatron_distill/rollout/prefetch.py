@@ -105,6 +105,7 @@ class Prefetch:
         self._begun = 0
         self._limit = 0  # batches of earlier steps may be begun
         self._closed = False
+        self._grace = GRACE_SECONDS
         self._batches: dict[int, Future[_Written]] = {}
         self._thread: threading.Thread | None = None
         self._push_elsewhere(True)
@@ -250,10 +251,13 @@ class Prefetch:
         return _Look(done=done, needs_weights=self._serves and engine is not None and engine.needs_weights)
 
     def _fail(self, wanted: Sequence[Future[_Written]], rank: int, look: _Look) -> None:
-        own, kind = _error_of(wanted), EngineStopped if look.of_engine else DistillError
-        if own is not None and isinstance(own, kind) and isinstance(own, EngineError) == look.of_engine:
+        self._grace = 0.0  # threads of other ranks may wait for the one that failed, for ever
+        own, text = _error_of(wanted), f"rank {rank}: {look.error}"
+        if look.of_engine:
+            raise own if isinstance(own, EngineStopped) else EngineStopped(text) from own
+        if own is not None and not isinstance(own, EngineError):
             raise own
-        raise kind(f"rank {rank}: {look.error}") from own
+        raise DistillError(text) from own
 
     def _push_elsewhere(self, elsewhere: bool) -> None:
         """Whether the engine, when a server wants weights, leaves that to the main thread."""
@@ -262,7 +266,7 @@ class Prefetch:
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join(GRACE_SECONDS)
+            self._thread.join(self._grace)
 
     # -- the thread --------------------------------------------------------------------------------------------------
 
