@@ -148,7 +148,7 @@ class Fleet:
 
         async def one(index: int, request: Request) -> Completion:
             try:
-                completion = await self._ask(lambda client, rid: self._generate(client, request, rid), stops)
+                completion = await self._ask(lambda client, rid: self._generate(client, request, rid, stops), stops)
             except _Stopped:
                 completion = Completion(tokens=(), logprobs=(), stop=Stop.ABORTED, version=self._settled)
             if on_done is not None:
@@ -194,9 +194,16 @@ class Fleet:
                 self.withdraw(server.client.url, error)
             await asyncio.wait(busy, timeout=ABORT_AGAIN)
 
-    async def _generate(self, client: Client, request: Request, rid: str) -> Completion:
+    async def _generate(self, client: Client, request: Request, rid: str, stops: int) -> Completion:
         least = self._settled
         completion = await client.generate(request, rid)
+        if completion.stop is Stop.ABORTED and stops == self._stops:
+            raise ServerFailed(
+                f"{client.url}: request {rid} was aborted, though not by this fleet; does somebody else use the server, "
+                "or pause it in mode abort?",
+                server=client.url,
+                request=rid,
+            )
         for version in {completion.version, *completion.versions}:
             if version not in self._versions or version < least:
                 raise WrongWeights(
