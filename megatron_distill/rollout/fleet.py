@@ -199,8 +199,8 @@ class Fleet:
         completion = await client.generate(request, rid)
         if completion.stop is Stop.ABORTED and stops == self._stops:
             raise ServerFailed(
-                f"{client.url}: request {rid} was aborted, though not by this fleet; does somebody else use the server, "
-                "or pause it in mode abort?",
+                f"{client.url}: request {rid} was aborted, though not by this fleet; does somebody else use the "
+                "server, or pause it in mode abort?",
                 server=client.url,
                 request=rid,
             )
