@@ -262,6 +262,35 @@ def objective_learns_from_unfiltered_samples(run: RunConfig) -> str | None:
     )
 
 
+def importance_is_not_corrected_for_twice(run: RunConfig) -> str | None:
+    if run.train.importance.weights == "none" or run.objective.needs.student_logprobs != "rollout":
+        return None
+    return (
+        f"train.importance.weights={run.train.importance.weights}: {_objective(run)} with old_logprobs=rollout weighs "
+        "tokens by that ratio itself: set train.importance.weights=none, or another objective.old_logprobs"
+    )
+
+
+def importance_compares_with_the_engine(run: RunConfig) -> str | None:
+    if run.train.importance.weights == "none" or run.rollout.gives_logprobs:
+        return None
+    return (
+        f"train.importance.weights={run.train.importance.weights}: {_rollout(run)} gives no log-probs to compare "
+        "with: set train.importance.weights=none"
+    )
+
+
+def rollouts_ahead_take_weights_as_the_engine_can(run: RunConfig) -> str | None:
+    if not isinstance(run.rollout, Writing) or run.rollout.prefetch.on_update == "wait":
+        return None
+    if not run.rollout.engine.everywhere:
+        return None
+    return (
+        f"rollout.prefetch.on_update=continue: rollout.engine.kind={kind_of(run.rollout.engine)} cannot take weights "
+        "while it writes: set rollout.engine.kind=sglang, or rollout.prefetch.on_update=wait"
+    )
+
+
 def evaluation_has_prompts(run: RunConfig) -> str | None:
     if run.eval.every and run.eval.data is None:
         return f"eval.every={run.eval.every}: there is nothing to evaluate on: set eval.data.prompts, or eval.every=0"
@@ -324,6 +353,9 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     objective_finds_whose_tokens_it_looks_for,
     objective_and_rollouts_agree_on_pairs,
     objective_learns_from_unfiltered_samples,
+    importance_is_not_corrected_for_twice,
+    importance_compares_with_the_engine,
+    rollouts_ahead_take_weights_as_the_engine_can,
     evaluation_has_prompts,
     evaluation_has_a_judge,
     backend_can_run_it,

@@ -65,6 +65,36 @@ def test_what_cannot_run_here_is_refused(run_file, override, complaint):
     assert complaints(run_file, override)[0].startswith(complaint)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["train.importance.weights=truncated", "objective.old_logprobs=rollout"],
+            "train.importance.weights=truncated: objective.kind=opd with old_logprobs=rollout weighs tokens by that",
+        ),
+        (
+            [
+                "train.importance.weights=truncated",
+                "objective={kind: opd, divergence: reverse_kl}",
+                "rollout={kind: demonstrations}",
+            ],
+            "train.importance.weights=truncated: rollout.kind=demonstrations gives no log-probs to compare with",
+        ),
+        (
+            ["rollout.prefetch={depth: 1, on_update: continue}"],
+            "rollout.prefetch.on_update=continue: rollout.engine.kind=embedded cannot take weights while it writes",
+        ),
+    ],
+)
+def test_rollouts_ahead_and_their_correction_are_refused_where_they_do_not_fit(run_file, overrides, complaint):
+    assert complaints(run_file, *overrides)[0].startswith(complaint)
+
+
+def test_rollouts_ahead_and_their_correction_pass_where_they_fit(run_file):
+    check(load(run_file, ["rollout.prefetch.depth=2", "train.importance={weights: truncated, cap: 3}"]))
+    check(load(run_file, ["rollout.prefetch={depth: 1, on_update: continue}", "rollout.engine={kind: sglang}"]))
+
+
 NO_TEACHER = "teachers.big=null"
 
 
