@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_distill.rollout.base import RolloutEngine
 from megatron_distill.types import Counts, Metric, Origin, Rollout, Scored, StepReport, Stop
 
 
@@ -69,6 +70,11 @@ def describe_cuts(scored: Sequence[Scored], fitting: Sequence[Scored]) -> list[M
     written = {(one.rollout.group, one.rollout.sample): len(one.rollout.tokens) for one in scored}
     whole = sum(written[one.rollout.group, one.rollout.sample] == len(one.rollout.tokens) for one in fitting)
     return [Metric("rollout/cut_for_teachers", len(scored) - whole, len(scored))]
+
+
+def describe_engine(engine: RolloutEngine | None) -> list[Metric]:
+    """What the engine has to tell of itself; only the first rank may know."""
+    return [] if engine is None else [Metric(f"engine/{name}", value) for name, value in engine.figures.items()]
 
 
 def describe_step(counts: Counts, report: StepReport, peak_gib: float) -> list[Metric]:

@@ -68,8 +68,10 @@ class HeldOut:
         )
 
     def close(self) -> None:
-        """End the verifier's processes."""
+        """End the verifier's processes, and the engine if it is its own."""
         self.tools.judge.close()
+        if not self.follows:
+            self.tools.engine.close()
 
     def ask(self, student: Student, step: int) -> tuple[Metric, ...]:
         """avg@k, pass@k and the rest after `step` updates; collective."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_distill.config import RunConfig
 from megatron_distill.data.packing import pack
 from megatron_distill.data.prompts import load_prompts
+from megatron_distill.errors import EngineStopped
 from megatron_distill.losses import backend
 from megatron_distill.models import checkpoint
 from megatron_distill.models.network import Network
@@ -21,7 +22,7 @@ from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.rollout.sources.base import Source, Surroundings
 from megatron_distill.runtime.start import Runtime, start
 from megatron_distill.teachers.base import Teacher
-from megatron_distill.train.describe import describe_cuts, describe_rollouts, describe_step
+from megatron_distill.train.describe import describe_cuts, describe_engine, describe_rollouts, describe_step
 from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Clock, Metrics
 from megatron_distill.train.mismatch import mismatch_of
@@ -39,6 +40,10 @@ class Progress:
 
     step: int = 0
     """Updates done."""
+    saved: int = 0
+    """Updates behind the newest checkpoint."""
+    source: Mapping[str, int] = field(default_factory=dict)
+    """The source's place after as many steps: a step that fails in the middle has taken prompts from it."""
     objective: State = field(default_factory=dict)
 
 
@@ -60,7 +65,8 @@ def train(run: RunConfig) -> None:
         backend.use(runtime.backend.losses if run.train.losses == "auto" else run.train.losses)
         progress = resume(run, parts)
         parts.source.publish(parts.student, progress.step)
-        with Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps) as metrics:
+        opened = Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps)
+        with opened as metrics, saved_if_stopped(run, parts, progress):
             for step in range(progress.step, steps):
                 with metrics.step(step + 1) as clock:
                     metrics.add(*one_step(run, parts, progress, clock))
@@ -89,17 +95,19 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
     with clock("train"):
         loss = bind(run.objective, signals, plan, batch, student.partition, mismatch_of(batch, scope))
         report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
-    with clock("sync"):
-        parts.source.publish(student, step + 1)
     for teacher in parts.teachers.values():
         teacher.after_step(student, step + 1)
-    progress.step = step + 1
+    # the step is done, whatever becomes of the engine now
+    progress.step, progress.source = step + 1, parts.source.state()
+    with clock("sync"):
+        parts.source.publish(student, step + 1)
     memory = runtime.backend.peak_memory()
     return [
         *describe_rollouts(scored, step),
         *describe_cuts(scored, fitting),
         *plan.metrics,
         *describe_step(batch.counts, report, memory),
+        *describe_engine(parts.source.engine),
     ]
 
 
@@ -183,23 +191,37 @@ def resume(run: RunConfig, parts: Parts) -> Progress:
     """The state of the newest complete checkpoint, or of a fresh run."""
     found = checkpoint.latest(run.paths.run)
     if found is None:
-        return Progress(objective=run.objective.initial())
+        return Progress(source=parts.source.state(), objective=run.objective.initial())
     kept = checkpoint.load(found, parts.student, teacher_weights(parts))
     parts.source.restore(kept["source"])
     for teacher in parts.teachers.values():
         teacher.restored()
-    return Progress(step=kept["step"], objective=kept["objective"])
+    done = kept["step"]
+    return Progress(step=done, saved=done, source=parts.source.state(), objective=kept["objective"])
 
 
 def save(run: RunConfig, parts: Parts, progress: Progress) -> None:
     """Everything that `resume` reads, and the size of the vocabulary that an evaluation samples from."""
     state = {
-        "source": parts.source.state(),
+        "source": dict(progress.source),
         "objective": dict(progress.objective),
         "valid_vocab": parts.student.partition.valid,
     }
     weights = teacher_weights(parts)
     checkpoint.save(run.paths.run, progress.step, parts.student, state, keep=run.checkpoint.keep, teachers=weights)
+    progress.saved = progress.step
+
+
+@contextmanager
+def saved_if_stopped(run: RunConfig, parts: Parts, progress: Progress) -> Iterator[None]:
+    """An engine that cannot go on costs no step that is done: all ranks meet the error together, and save first."""
+    try:
+        yield
+    except EngineStopped as error:
+        if progress.step > progress.saved:
+            save(run, parts, progress)
+        after = f"{progress.step} steps are saved in {run.paths.run}: the same command goes on from there"
+        raise EngineStopped(f"{error}\n{after if progress.saved else 'no step is done yet'}") from error
 
 
 def teacher_weights(parts: Parts) -> dict[str, Network]:

@@ -19,7 +19,7 @@ from megatron_distill.files import write_atomically
 from megatron_distill.types import Metric
 
 FILE = "metrics.jsonl"
-UNREPEATABLE = ("time/", "perf/", "memory/")
+UNREPEATABLE = ("time/", "perf/", "memory/", "engine/")
 """Groups that differ from run to run; everything else is the same, bit for bit, for the same config."""
 
 type Clock = Callable[[str], contextlib.AbstractContextManager[None]]
