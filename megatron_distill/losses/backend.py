@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from megatron_distill.losses import regions
 from megatron_distill.losses.regions import Region
 
 type Name = Literal["eager", "compiled", "triton"]
@@ -27,6 +28,11 @@ BLOCK_ELEMENTS = {"cpu": 2**17}
 """Logits of one model that the eager backend takes at a time: what a second-level cache holds of a few of them."""
 BLOCK_ELEMENTS_ELSEWHERE = 2**24
 """On a GPU small blocks would cost more in launches than they save in memory."""
+SCRATCH_ELEMENTS = 2**20
+"""What the compiled backend holds of a gradient beside the logits that it overwrites, where it has to."""
+_BY_SCRATCH = (regions.jsd_gradient,)
+"""On a CPU the compiler stores half of a vector of bf16 through a mask, and a load beside it waits for that store: in
+the same place this region would take twice as long. Shorter ones are done with the load by then."""
 
 
 _COMPILER = {"cpp.enable_floating_point_contract_flag": "fast"}
@@ -55,20 +61,23 @@ class Eager:
     def sums(self, region: Region, logits: Sequence[Tensor], rows_nR: Tensor | None, *settings: Any) -> Tensor:
         parts = [
             region([one[block] for one in logits], None if rows_nR is None else rows_nR[:, block], *settings)
-            for block in self._blocks(logits[0])
+            for block in _blocks(logits[0], self._elements(logits[0]))
         ]
         return torch.stack([torch.cat(of_blocks) for of_blocks in zip(*parts, strict=True)])
 
     def write(self, region: Region, out_Rv: Tensor, logits: Sequence[Tensor], rows_nR: Tensor, *settings: Any) -> None:
-        for block in self._blocks(out_Rv):
+        for block in _blocks(out_Rv, self._elements(out_Rv)):
             out_Rv[block] = region([one[block] for one in logits], rows_nR[:, block], *settings)
 
-    def _blocks(self, logits_Rv: Tensor) -> list[slice]:
-        """Slices that cover the rows; one empty slice if there are none."""
-        rows, columns = logits_Rv.shape
-        elements = self.block_elements or BLOCK_ELEMENTS.get(logits_Rv.device.type, BLOCK_ELEMENTS_ELSEWHERE)
-        size = max(1, elements // max(1, columns))
-        return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
+    def _elements(self, logits_Rv: Tensor) -> int:
+        return self.block_elements or BLOCK_ELEMENTS.get(logits_Rv.device.type, BLOCK_ELEMENTS_ELSEWHERE)
+
+
+def _blocks(logits_Rv: Tensor, elements: int) -> list[slice]:
+    """Slices of at most so many elements that cover the rows; one empty slice if there are none."""
+    rows, columns = logits_Rv.shape
+    size = max(1, elements // max(1, columns))
+    return [slice(start, min(start + size, rows)) for start in range(0, max(rows, 1), size)]
 
 
 class Compiled:
@@ -82,10 +91,16 @@ class Compiled:
     def write(self, region: Region, out_Rv: Tensor, logits: Sequence[Tensor], rows_nR: Tensor, *settings: Any) -> None:
         if not out_Rv.numel():
             return
-        if out_Rv is logits[0]:
-            _compiled(region, "overwrite", settings)(logits, rows_nR)
+        write = _compiled(region, "write", settings)
+        if out_Rv is not logits[0]:
+            write(logits, rows_nR, out_Rv)
+        elif region in _BY_SCRATCH and out_Rv.dtype == torch.bfloat16 and out_Rv.device.type == "cpu":
+            for block in _blocks(out_Rv, SCRATCH_ELEMENTS):
+                scratch_Cv = torch.empty_like(out_Rv[block])
+                write([one[block] for one in logits], rows_nR[:, block], scratch_Cv)
+                out_Rv[block] = scratch_Cv
         else:
-            _compiled(region, "write", settings)(logits, rows_nR, out_Rv)
+            _compiled(region, "overwrite", settings)(logits, rows_nR)
 
 
 def use(name: Name) -> None:

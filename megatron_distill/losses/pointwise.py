@@ -94,9 +94,25 @@ def log_mixture_over_student(ratio: Tensor, beta: float) -> Tensor:
     for any x, and unlike log(m) - log(q) keeps its digits where p and q are close. (Not log1p and expm1: x is a
     difference of logits and its own rounding is larger than theirs, and vectorised they are 12 times as slow.)
     """
-    smaller = ratio.abs().neg_().exp_()
+    less = ratio.abs().neg_().exp_().sub_(1.0)
     if beta == 0.5:
-        return smaller.mul_(0.5).add_(0.5).log_().add_(ratio.clamp(min=0.0))
-    less = smaller.sub_(1.0)
+        return _log_of_half_more(less).add_(ratio.clamp(min=0.0))
     weighted = torch.where(ratio > 0, (1.0 - beta) * less, beta * less)
     return weighted.add_(1.0).log_().add_(ratio.clamp(min=0.0))
+
+
+def _log_of_half_more(d: Tensor) -> Tensor:
+    """log(1 + d/2) for d from -1 to 0.
+
+    In fp32 as 2 artanh(z) with z = d / (d+4), that is z P(z^2): a third of the logarithm's time, and a small d keeps
+    its digits.
+    """
+    if d.dtype != torch.float32:
+        return (d * 0.5).add_(1.0).log_()
+    z = d / (d + 4.0)
+    square = z * z
+    # P interpolates 2 artanh(z) / z at Chebyshev's points of [0, 1/9], to 4e-9. The numbers stand in the code because
+    # torch's compiler takes a float from anywhere else for a variable.
+    value = square * 0.2815777830891266
+    value = value.add_(0.2796515775674672).mul_(square).add_(0.4002459522992297).mul_(square)
+    return value.add_(0.6666632164139599).mul_(square).add_(2.0000000076817583).mul_(z)

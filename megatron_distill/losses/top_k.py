@@ -96,7 +96,7 @@ class _Columns:
     """Where the ids of S lie on this rank.
 
     An id of another rank points at the first id of its row that is this rank's, or at column 0 where there is none,
-    and whatever is written by way of it is what is written or stands there anyhow.
+    and `put` writes there what that one gets, or what stands there anyhow.
     """
 
     index_RK: Tensor
@@ -109,13 +109,21 @@ class _Columns:
             return _Columns(ids_RK.clamp(0, partition.width - 1), None)
         local_RK = ids_RK - partition.start
         owned_RK = (local_RK >= 0) & (local_RK < partition.width)
-        first_R1 = owned_RK.to(torch.uint8).argmax(-1, keepdim=True)
+        first_R1 = _first(owned_RK)
         other_R1 = local_RK.gather(-1, first_R1).masked_fill(~owned_RK.gather(-1, first_R1), 0)
         return _Columns(torch.where(owned_RK, local_RK, other_R1), owned_RK)
 
     def owned(self, values_RK: Tensor, otherwise: float = 0.0) -> Tensor:
         """`values_RK`, and `otherwise` where an id is another rank's."""
         return values_RK if self.owned_RK is None else values_RK.masked_fill(~self.owned_RK, otherwise)
+
+    def put(self, into_Rv: Tensor, values_RK: Tensor) -> None:
+        """Write the values of this rank's ids into their columns."""
+        if self.owned_RK is not None:
+            values_RK = torch.where(self.owned_RK, values_RK, values_RK.gather(-1, _first(self.owned_RK)))
+            values_RK = torch.where(self.owned_RK.any(-1, keepdim=True), values_RK, into_Rv[:, :1])
+        # By index: scatter of bf16 on a CPU goes through a wide copy of everything.
+        into_Rv[torch.arange(len(self.index_RK), device=self.index_RK.device)[:, None], self.index_RK] = values_RK
 
     def hide(self, logits_Rv: Tensor) -> Tensor:
         """Give this rank's ids of S the logit -inf, so that regions leave them out; what is to be put back: [R, K].
@@ -125,19 +133,17 @@ class _Columns:
         nothing has happened.
         """
         before_RK = logits_Rv.data.gather(-1, self.index_RK)
-        hidden_RK = torch.full_like(before_RK, float("-inf"))
-        if self.owned_RK is not None:
-            hidden_RK = torch.where(self.owned_RK.any(-1, keepdim=True), hidden_RK, before_RK)
-        logits_Rv.data[self.places()] = hidden_RK
+        self.put(logits_Rv.data, torch.full_like(before_RK, float("-inf")))
         return before_RK
 
     def put_back(self, logits_Rv: Tensor, before_RK: Tensor) -> None:
         """Undo `hide`."""
-        logits_Rv.data[self.places()] = before_RK
+        self.put(logits_Rv.data, before_RK)
 
-    def places(self) -> tuple[Tensor, Tensor]:
-        """Rows and columns, as an index: scatter of bf16 on a CPU goes through a wide copy of everything."""
-        return torch.arange(len(self.index_RK), device=self.index_RK.device)[:, None], self.index_RK
+
+def _first(owned_RK: Tensor) -> Tensor:
+    """Place of each row's first true: [R, 1]."""
+    return owned_RK.to(torch.uint8).argmax(-1, keepdim=True)
 
 
 class _TopK(Function):
@@ -173,7 +179,7 @@ class _TopK(Function):
         if setting.constant:
             on_RK += setting.constant * (q_RK * fixed_R[:, None] - fixed_RK)
         ctx.columns, ctx.reading = columns, reading
-        ctx.save_for_backward(logits_Rv, softmax.tail_max_R, columns.owned(on_RK), off_R)
+        ctx.save_for_backward(logits_Rv, softmax.tail_max_R, on_RK, off_R)
         return value_R
 
     @staticmethod
@@ -184,14 +190,10 @@ class _TopK(Function):
         if off_R is None:
             grad_Rv = ctx.reading.zeros(logits_Rv)
         else:
+            # Columns of S, where this may overflow, are written next.
             rows_2R = torch.stack([tail_max_R, off_R * grad_R * scale])
-            before_RK = columns.hide(logits_Rv)
             grad_Rv = ctx.reading.gradient(regions.softmax_gradient, [logits_Rv], rows_2R, scale, False)
-            if grad_Rv.data_ptr() != logits_Rv.data_ptr():
-                columns.put_back(logits_Rv, before_RK)
-        # Columns of S hold 0 so far; added, because several ids of other ranks may point at one of them.
-        grad_RK = (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype)
-        grad_Rv.index_put_(columns.places(), grad_RK, accumulate=True)
+        columns.put(grad_Rv, (on_RK * (grad_R * scale)[:, None]).to(grad_Rv.dtype))
         return grad_Rv, None, None, None
 
 
@@ -231,16 +233,21 @@ class _Softmax:
     @staticmethod
     def of(logits_Rv: Tensor, reading: Reading, columns: _Columns, log_p_RK: Tensor, setting: _Setting) -> _Softmax:
         group, scale = reading.partition.group, reading.scale
-        logits_RK = (wide(logits_Rv.gather(-1, columns.index_RK)) * scale).clamp(min=_FLOOR)
-        top_max_R = columns.owned(logits_RK, float("-inf")).amax(-1)
-        own_max_R, own_sum_R = torch.full_like(top_max_R, _FLOOR), torch.zeros_like(top_max_R)
-        if setting.outside != "renormalise":
+        if setting.outside == "renormalise":
+            before_RK, rest_2R = logits_Rv.gather(-1, columns.index_RK), None
+        else:
             before_RK = columns.hide(logits_Rv)
             real = [reading.columns(logits_Rv)]
             try:
-                own_max_R, own_sum_R = backend.chosen().sums(regions.model_sums, real, None, scale, False)
+                rest_2R = backend.chosen().sums(regions.model_sums, real, None, scale, False)
             finally:
                 columns.put_back(logits_Rv, before_RK)
+        logits_RK = (wide(before_RK) * scale).clamp(min=_FLOOR)
+        top_max_R = columns.owned(logits_RK, float("-inf")).amax(-1)
+        if rest_2R is None:
+            own_max_R, own_sum_R = torch.full_like(top_max_R, _FLOOR), torch.zeros_like(top_max_R)
+        else:
+            own_max_R, own_sum_R = rest_2R
         top_max_R, tail_max_R = all_reduce([top_max_R, own_max_R], dist.ReduceOp.MAX, group)
         max_R = torch.maximum(top_max_R, tail_max_R)
 

@@ -43,7 +43,8 @@ class SFT(Objective):
         return Needs(reward=self.keep == "correct")
 
     def prepare(self, stats: TokenStats, batch: Batch, scope: Scope, state: State) -> tuple[Plan, State]:
-        mask, metrics = None, ()
+        mask: tuple[Tensor, ...] | None = None
+        metrics: tuple[Metric, ...] = ()
         if self.keep == "correct":
             # a reward that is not there is NaN, and not above anything
             right = tuple(micro.reward_S > CORRECT for micro in batch.micro)

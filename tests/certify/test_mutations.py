@@ -168,7 +168,7 @@ FAULTS = {
     ),
     "the top k hidden for ever": Fault(
         file="losses/top_k.py",
-        old="        logits_Rv.data[self.places()] = before_RK\n",
+        old="        self.put(logits_Rv.data, before_RK)\n",
         new="        pass\n",
         objective="gkd",
     ),
