@@ -16,9 +16,16 @@ import torch
 from torch import Tensor
 
 from megatron_distill.models.build import Recompute, build_model, vocab_partition
-from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.io import SafetensorsFolder, TensorPlan
 from megatron_distill.models.hf.mapping import export
-from megatron_distill.models.hf.stage import gather_over, load_stage, parameters_of, uses_te_names
+from megatron_distill.models.hf.stage import (
+    gather_over,
+    gather_stage,
+    load_stage,
+    parameters_of,
+    plan_stage,
+    uses_te_names,
+)
 from megatron_distill.models.spec import ModelSpec
 from megatron_distill.runtime.mesh import zigzag_order, zigzag_rows
 from megatron_distill.runtime.start import Runtime
@@ -178,3 +185,17 @@ class Network:
         pp_group = mesh.groups.pp if mesh.sizes.pp > 1 else None
         shards = gather_over(parameters, tp_group=mesh.tp_group, pp_group=pp_group)
         yield from export(self.spec, shards, uses_te_names(parameters))
+
+    def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors that this pipeline stage owns, by Hugging Face name; collective over its tp ranks alone.
+
+        The stages' streams put together are `weights`; a tied output weight is the first stage's embedding, and the
+        last stage's copy is left out. One parameter at a time is gathered: keep none to hold none.
+        """
+        parameters = self.parameters()
+        shards = gather_stage(parameters, self.runtime.mesh.tp_group)
+        yield from export(self.spec, shards, uses_te_names(parameters))
+
+    def stage_plan(self) -> list[TensorPlan]:
+        """Names, shapes and types of what `stage_weights` will give, in its order; not collective."""
+        return plan_stage(self.parameters(), self.spec)

@@ -15,6 +15,7 @@ from megatron_distill.errors import DistillError
 from megatron_distill.losses.chunk import linear_rows
 from megatron_distill.losses.vocab import logprob, logprob_and_entropy
 from megatron_distill.models.build import Recompute
+from megatron_distill.models.hf.io import TensorPlan
 from megatron_distill.models.network import Network
 from megatron_distill.models.optimizer import OptimizerSection, build_optimizer, wrap_in_ddp
 from megatron_distill.models.schedule import MicroLoss, forward_backward
@@ -92,6 +93,14 @@ class Student:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors by Hugging Face name, on every rank and in one order."""
         return self.network.weights()
+
+    def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Those that this pipeline stage owns; collective over its tensor-parallel ranks alone."""
+        return self.network.stage_weights()
+
+    def stage_plan(self) -> list[TensorPlan]:
+        """Names, shapes and types of what `stage_weights` will give, in its order; not collective."""
+        return self.network.stage_plan()
 
     def score(self, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, ...]:
         """Log-probs of the response tokens: one [R] per micro-batch, on every model-parallel rank."""

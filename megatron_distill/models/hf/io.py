@@ -144,6 +144,30 @@ def plan(spec: ModelSpec, dtype: torch.dtype) -> list[TensorPlan]:
     ]
 
 
+class TensorFile:
+    """One safetensors file, written without holding anything: its header first, each tensor's bytes as they come."""
+
+    def __init__(self, path: Path, planned: Sequence[TensorPlan]) -> None:
+        """Make the file; `planned` are its tensors in the order of `write`."""
+        self._left = list(planned)[::-1]
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(_header(planned))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor; anything but the next planned one is a mistake of the caller."""
+        due = self._left.pop()
+        assert (name, tuple(tensor.shape), tensor.dtype) == (due.name, due.shape, due.dtype), (name, due)
+        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Flushed to disk: only then is it certain that there was room."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
 class ShardWriter:
     """Writes planned tensors, in planned order, into a folder that appears only when all are there.
 
@@ -178,7 +202,7 @@ class ShardWriter:
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self._shards = _cut_shards(planned, max_shard_bytes)
         self._left = [(shard, tensor) for shard, tensors in enumerate(self._shards) for tensor in tensors][::-1]
-        self._file: BinaryIO | None = None
+        self._file: TensorFile | None = None
 
     def __enter__(self) -> ShardWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -187,34 +211,42 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
-            _close(self._file)
+            self._file.close()
         if kind is None:
             self._finish()
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append one tensor; anything but the next planned one is a mistake of the caller."""
         shard, due = self._left.pop()
-        assert (name, tuple(tensor.shape), tensor.dtype) == (due.name, due.shape, due.dtype), (name, due)
         if due is self._shards[shard][0]:
             if self._file is not None:
-                _close(self._file)
-            self._file = (self.partial / self._file_name(shard)).open("wb")
-            self._file.write(_header(self._shards[shard]))
+                self._file.close()
+            self._file = TensorFile(self.partial / self._file_name(shard), self._shards[shard])
         assert self._file is not None
-        self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        self._file.write(name, tensor)
 
     def _file_name(self, shard: int) -> str:
-        return SINGLE if len(self._shards) == 1 else f"model-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
+        return file_name(shard, len(self._shards))
 
     def _finish(self) -> None:
         assert not self._left, f"not written: {self._left[-1][1].name}"
-        if len(self._shards) > 1:
-            where = {tensor.name: self._file_name(n) for n, shard in enumerate(self._shards) for tensor in shard}
-            total = sum(tensor.bytes for shard in self._shards for tensor in shard)
-            _write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_index(self.partial, self._shards)
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.partial.rename(self.folder)
+
+
+def file_name(shard: int, shards: int) -> str:
+    """Of one of several files of a model folder, counted from 0, or of the only one."""
+    return SINGLE if shards == 1 else f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Sequence[Sequence[TensorPlan]]) -> None:
+    """Say which tensor is in which file; a single file needs no index."""
+    if len(shards) > 1:
+        where = {tensor.name: file_name(n, len(shards)) for n, shard in enumerate(shards) for tensor in shard}
+        total = sum(tensor.bytes for shard in shards for tensor in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def save_folder(
@@ -281,12 +313,6 @@ def _header(tensors: Sequence[TensorPlan]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

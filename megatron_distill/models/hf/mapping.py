@@ -215,6 +215,16 @@ def export(
         te: as for `rules`.
     """
     for rule in rules(spec, te):
-        found = shards(rule) if rule.exported else None
-        if found is not None:
-            yield from zip(rule.hf, rule.join(found), strict=True)
+        if rule.exported:
+            yield from _wholes(rule, shards)
+
+
+def _wholes(rule: Rule, shards: Callable[[Rule], Sequence[Tensor] | None]) -> Iterator[tuple[str, Tensor]]:
+    """A rule's tensors; shards are let go before the first is handed out, each tensor before the next rule's come."""
+    found = shards(rule)
+    if found is None:
+        return
+    wholes = list(zip(rule.hf, rule.join(found), strict=True))
+    del found
+    while wholes:
+        yield wholes.pop(0)

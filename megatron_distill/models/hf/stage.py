@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_distill.errors import ModelError
-from megatron_distill.models.hf.io import SafetensorsFolder
+from megatron_distill.models.hf.io import SafetensorsFolder, TensorPlan
 from megatron_distill.models.hf.mapping import Rule, rules
 from megatron_distill.models.spec import ModelSpec
 
@@ -170,10 +170,7 @@ def gather_over(
         owner = next(stage for stage, names in enumerate(stages) if rule.name in names)
         count = 1 if rule.dim is None else tp_size
         if pp_group is None or pp_group.rank() == owner:
-            local = parameters[rule.name].detach().contiguous()
-            found = [local] if count == 1 else [torch.empty_like(local) for _ in range(count)]
-            if count > 1:
-                dist.all_gather(found, local, group=tp_group)
+            found = _over_tp(rule, parameters[rule.name], tp_group)
         else:
             shape, dtype = stages[owner][rule.name]
             found = [torch.empty(shape, dtype=dtype, device=device) for _ in range(count)]
@@ -183,3 +180,38 @@ def gather_over(
         return found
 
     return shards
+
+
+def gather_stage(
+    parameters: Mapping[str, Tensor], tp_group: ProcessGroup | None
+) -> Callable[[Rule], Sequence[Tensor] | None]:
+    """The `shards` of `mapping.export` for one pipeline stage alone: None for what other stages hold.
+
+    Collective over the stage's tensor-parallel ranks whenever its result is called, and over nobody else.
+    """
+
+    def shards(rule: Rule) -> Sequence[Tensor] | None:
+        local = parameters.get(rule.name)
+        return None if local is None else _over_tp(rule, local, tp_group)
+
+    return shards
+
+
+def plan_stage(parameters: Mapping[str, Tensor], spec: ModelSpec) -> list[TensorPlan]:
+    """What `export` will make of `gather_stage`, in its order; gathers nothing."""
+    return [
+        TensorPlan(name, shape, parameters[rule.name].dtype)
+        for rule in rules(spec, uses_te_names(parameters))
+        if rule.exported and rule.name in parameters
+        for name, shape in zip(rule.hf, rule.shapes, strict=True)
+    ]
+
+
+def _over_tp(rule: Rule, parameter: Tensor, tp_group: ProcessGroup | None) -> list[Tensor]:
+    """A parameter's shards of all tensor-parallel ranks; one where every rank holds all of it."""
+    local = parameter.detach().contiguous()
+    if rule.dim is None or tp_group is None:
+        return [local]
+    found = [torch.empty_like(local) for _ in range(tp_group.size())]
+    dist.all_gather(found, local, group=tp_group)
+    return found
