@@ -186,7 +186,7 @@ def _check_teachers(teachers: Iterable[Any]) -> None:
 
 
 def _teacher(root: Path, student: Student, name: str) -> Any:
-    return FrozenPart(model=root / name).connect(student, tokenizer=None)  # type: ignore[arg-type]
+    return FrozenPart(model=root / name).connect(student, tokenizer=None)
 
 
 def _step(student: Student, teacher: Any, cut: Cut, answer: Expected, runtime: Runtime) -> StepReport:

@@ -73,7 +73,7 @@ def test_a_masked_sequence_weighs_nothing_however_it_is_packed(reduction: str, t
     )
     sampled = tuple(micro.origin_R == Origin.STUDENT for micro in batch.micro)
     scope = Scope(seed=0, step=0)
-    weights, denominator = reduction_weights(batch, scope, reduction, sampled)  # type: ignore[arg-type]
+    weights, denominator = reduction_weights(batch, scope, reduction, sampled)
     total = sum(float(one.sum()) for one in weights) / denominator
     lengths = [len(one.rollout.tokens) for one in scored if Origin.STUDENT in one.rollout.origin]
     wanted = sum(lengths) / len(lengths) if reduction == "sequence_sum" else 1.0
@@ -81,6 +81,6 @@ def test_a_masked_sequence_weighs_nothing_however_it_is_packed(reduction: str, t
     for one, counted in zip(weights, sampled, strict=True):
         assert (one[~counted] == 0).all()
     nothing = tuple(torch.zeros_like(one) for one in sampled)
-    weights, denominator = reduction_weights(batch, scope, reduction, nothing)  # type: ignore[arg-type]
+    weights, denominator = reduction_weights(batch, scope, reduction, nothing)
     assert denominator > 0
     assert not any(one.any() for one in weights)

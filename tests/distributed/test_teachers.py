@@ -126,7 +126,7 @@ class World:
 
 @contextmanager
 def world(root: Path, sizes: ParallelSizes, count: int = len(RESPONSES), dtype: str = "fp32") -> Iterator[World]:
-    with start(sizes, Precision(dtype=dtype)) as runtime:  # type: ignore[arg-type]
+    with start(sizes, Precision(dtype=dtype)) as runtime:
         student = Student.build(
             StudentSection(model=root / "student"),
             OPTIMIZER,
@@ -240,10 +240,7 @@ def follow(root: Path, sizes: ParallelSizes, dtype: str) -> dict[str, float]:
     """Errors of each kind of teacher over three updates; 0 or next to it is right."""
     with world(root, sizes, dtype=dtype) as here:
         weights = ("live", "frozen", "ema", "refreshed")
-        teachers = {
-            name: here.connect(ItselfPart(weights=name, decay=DECAY, every=2))  # type: ignore[arg-type]
-            for name in weights
-        }
+        teachers = {name: here.connect(ItselfPart(weights=name, decay=DECAY, every=2)) for name in weights}
         beginning = parameters(here.student.network)
         average = {name: one.double() for name, one in beginning.items()}
         history = [beginning]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 from megatron_distill.losses import divergence, vocab
 from megatron_distill.losses.kinds import Clip, Divergence
 from megatron_distill.testing.assertions import TOLERANCE
+from megatron_distill.testing.collectives import counted
 from megatron_distill.testing.world import Worlds
 from megatron_distill.types import Full, VocabPartition, VocabShard
 from tests.oracles import dense
@@ -35,17 +34,15 @@ LOSSES: dict[str, tuple[Loss, Reference]] = {
     ),
     **{
         f"jsd_{beta}": (
-            lambda s, t, ids, beta=beta: divergence.jsd(s, t, beta),  # type: ignore[misc]
-            lambda s, t, ids, warm, beta=beta: dense.jsd(s, t, warm, beta),  # type: ignore[misc]
+            lambda s, t, ids, beta=beta: divergence.jsd(s, t, beta),
+            lambda s, t, ids, warm, beta=beta: dense.jsd(s, t, warm, beta),
         )
         for beta in (0.1, 0.5, 0.9)
     },
     **{
         name: (
-            lambda s, t, ids, kind=kind, clip=clip: divergence.divergence(s, t, kind, clip=Clip(*clip)),  # type: ignore[misc]
-            lambda s, t, ids, warm, kind=kind, clip=clip: dense.divergence(  # type: ignore[misc]
-                s, t, warm, kind.name, kind.parameter, clip
-            ),
+            lambda s, t, ids, kind=kind, clip=clip: divergence.divergence(s, t, kind, clip=Clip(*clip)),
+            lambda s, t, ids, warm, kind=kind, clip=clip: dense.divergence(s, t, warm, kind.name, kind.parameter, clip),
         )
         for name, (kind, clip) in {
             "mixed_kl": (Divergence("mixed_kl", 0.3), (None, None)),
@@ -250,45 +247,6 @@ def test_a_nan_logit_is_never_hidden(worlds: Worlds) -> None:
     assert all(all(rank) for rank in worlds(2).run(_nan_logits))
 
 
-@contextmanager
-def _counted_collectives() -> Iterator[Counter[str]]:
-    """Counts calls of torch.distributed's collectives; they do their work all the same."""
-    names = [
-        "all_reduce",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_object",
-        "all_to_all",
-        "all_to_all_single",
-        "barrier",
-        "broadcast",
-        "gather",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "scatter",
-        "send",
-        "recv",
-    ]
-    calls: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Callable[..., object]:
-        def call(*arguments: object, **options: object) -> object:
-            calls[name] += 1
-            return originals[name](*arguments, **options)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def _collectives() -> dict[str, tuple[dict[str, int], int]]:
     partition = _partition(valid=50, padded=64)
     teacher = VocabShard.of(torch.randn(ROWS, partition.width), partition)
@@ -296,12 +254,12 @@ def _collectives() -> dict[str, tuple[dict[str, int], int]]:
     found = {}
     for name, (loss, _) in LOSSES.items():
         logits = torch.randn(ROWS, partition.width, requires_grad=True)
-        with _counted_collectives() as forward:
+        with counted() as forward:
             value = loss(VocabShard.of(logits, partition), teacher, ids_R)
-        with _counted_collectives() as backward:
+        with counted() as backward:
             value.sum().backward()
         found[name] = (dict(forward), backward.total())
-    with _counted_collectives() as forward:
+    with counted() as forward:
         vocab.top_k(teacher, 5)
     found["top_k"] = (dict(forward), 0)
     return found
@@ -319,7 +277,7 @@ def _one_rank_group() -> int:
     """A group of one rank makes no calls at all."""
     partition = VocabPartition(start=0, width=64, valid=50, group=dist.new_group([dist.get_rank()]))
     shard = VocabShard.of(torch.randn(ROWS, 64), partition)
-    with _counted_collectives() as calls:
+    with counted() as calls:
         for loss, _ in LOSSES.values():
             loss(shard, shard, torch.zeros(ROWS, dtype=torch.long))
         vocab.top_k(shard, 5)

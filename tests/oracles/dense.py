@@ -40,7 +40,7 @@ def _nothing() -> Tensor:
 
 
 def _no_draws(name: str, sequence: int) -> Tensor:
-    raise NotImplementedError("this step has no randomness")
+    raise AssertionError("this step has no randomness")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_distill.losses import backend
 from megatron_distill.runtime.backend import choose
+from megatron_distill.testing.collectives import counted
 from megatron_distill.testing.world import Worlds
 from megatron_distill.types import VocabPartition
 from tools.bench import ours, rivals
@@ -27,33 +26,6 @@ _SHAPE = Shape(rows=7, vocab=512)
 
 type Counts = dict[str, dict[str, int]]
 """By method: collectives `forward` and `backward`."""
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Counts the calls of torch.distributed's collectives, by whichever module they are made; they do their work."""
-    names = [
-        *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all", "all_to_all_single"),
-        *("broadcast", "gather", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv"),
-        *("barrier", "isend", "irecv", "batch_isend_irecv"),
-    ]
-    calls: Counter[str] = Counter()
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Callable[..., object]:
-        def call(*arguments: object, **options: object) -> object:
-            calls[name] += 1
-            return originals[name](*arguments, **options)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
 
 
 def count() -> Counts:

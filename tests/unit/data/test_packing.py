@@ -25,7 +25,7 @@ def scored(group: str, sample: int, prompt: tuple[int, ...], response: tuple[int
         tokens=response,
         stop=Stop.EOS,
         version=0,
-        **(settings | fields),  # type: ignore[arg-type]
+        **(settings | fields),
     )
     return Scored(rollout=rollout, reward=float(sample))
 

@@ -150,5 +150,5 @@ def test_a_new_number_of_rows_compiles_nothing() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="must be one of eager, compiled, triton"):
-        backend.use("cuda")  # type: ignore[arg-type]
+        backend.use("cuda")
     assert backend.current() == "eager"

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.unit.losses.test_backend import EXACT, VALID, _check
-
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # Blocks and splits small enough that a row has several of both.
 INTERPRET = """
@@ -105,4 +102,4 @@ def test_backends_equal_float64_on_a_gpu(name: str, chosen: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for far, temperature in ((False, 1.0), (True, 1.3)):
             for width in (VALID, VALID + 21):
-                _check(name, chosen, dtype, width, far, temperature, "cuda")  # type: ignore[arg-type]
+                _check(name, chosen, dtype, width, far, temperature, "cuda")

@@ -27,7 +27,7 @@ TRUNCATED = torch.tensor([0.3932875921, -0.5316121992, 0.1130906682, 0.025233938
 
 @pytest.mark.parametrize("silent", [{"entropy_threshold": math.inf}, {"alpha": 0.0}, {"entropy_threshold": 100.0}])
 def test_without_undecided_tokens_it_is_on_policy_distillation(silent: dict[str, float]) -> None:
-    found = run(EOPD(top_k=2, **silent), BATCH, STUDENTS, TEACHERS)  # type: ignore[arg-type]
+    found = run(EOPD(top_k=2, **silent), BATCH, STUDENTS, TEACHERS)
     plain = run(OPD(), BATCH, STUDENTS, TEACHERS)
     assert found.loss == pytest.approx(plain.loss, rel=1e-12)
     torch.testing.assert_close(found.gradient_RV, plain.gradient_RV, rtol=1e-12, atol=0)
@@ -127,6 +127,6 @@ def test_tokens_300_nats_apart_are_finite() -> None:
 )
 def test_settings_out_of_range_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}={value}: must be"):
-        EOPD(**{field: value})  # type: ignore[arg-type]
+        EOPD(**{field: value})
     with pytest.raises(ValueError, match="entropy_threshold=nan"):
         EOPD(entropy_threshold=math.nan)

@@ -31,7 +31,7 @@ def _advantages(objective: MiniLLM, rewards: list[list[float]], multiple: int = 
 
 
 def _objective(**settings: object) -> MiniLLM:
-    return MiniLLM(**{"whiten": False, "length_normalise": False, **settings})  # type: ignore[arg-type]
+    return MiniLLM(**{"whiten": False, "length_normalise": False, **settings})
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 0.95, 1.0])
@@ -83,13 +83,13 @@ def _gradients(objective: MiniLLM) -> tuple[Tensor, Tensor]:
     "settings", [{}, {"own_reward": True, "single_step": False}], ids=["decomposed", "policy gradient alone"]
 )
 def test_in_expectation_it_is_the_reverse_kl_of_whole_responses(settings: dict[str, bool]) -> None:
-    found, exact = _gradients(MiniLLM(**PLAIN, **settings))  # type: ignore[arg-type]
+    found, exact = _gradients(MiniLLM(**PLAIN, **settings))
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-7)
 
 
 def test_own_reward_and_single_step_together_count_the_next_token_twice() -> None:
     """As the released code does."""
-    found, exact = _gradients(MiniLLM(**PLAIN, own_reward=True))  # type: ignore[arg-type]
+    found, exact = _gradients(MiniLLM(**PLAIN, own_reward=True))
     assert (found - exact).abs().max() > 0.05
 
 
@@ -171,4 +171,4 @@ def test_needs_and_settings() -> None:
         MiniLLM(single_step=False, support="top_k")
     for field, value in (("discount", 1.5), ("clip_ratio", 0.0), ("reward_scale", 0.0), ("reward_limit", -1.0)):
         with pytest.raises(ValueError, match=f"{field}={value}: must be"):
-            MiniLLM(**{field: value})  # type: ignore[arg-type]
+            MiniLLM(**{field: value})

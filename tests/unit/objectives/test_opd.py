@@ -75,7 +75,7 @@ def test_a_teachers_whole_vocabulary_as_its_top_k_is_the_full_divergence(outside
     batch = packed([(1, 3), (0,)])
     student, teacher = torch.randn(3, 4), torch.randn(3, 4)
     full = run(OPD(divergence="reverse_kl"), batch, student, teacher)
-    top = OPD(divergence="reverse_kl", support="top_k", top_k=4, outside=outside)  # type: ignore[arg-type]
+    top = OPD(divergence="reverse_kl", support="top_k", top_k=4, outside=outside)
     found = run(top, batch, student, teacher)
     assert found.loss == pytest.approx(full.loss, rel=1e-9)
     torch.testing.assert_close(found.gradient_RV, full.gradient_RV, rtol=1e-8, atol=1e-10)

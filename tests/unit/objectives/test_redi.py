@@ -195,4 +195,4 @@ def test_what_is_no_pair_is_refused() -> None:
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        REDI(**fields)  # type: ignore[arg-type]
+        REDI(**fields)

@@ -85,7 +85,7 @@ def _kept(rank: int, size: int, share: float, group: object = None) -> list[tupl
     zeros = tuple(torch.zeros(micro.rows, dtype=torch.float64) for micro in batch.micro)
     stats = TokenStats(student_logp=zeros, entropy=_spread(batch), teacher_logp={"teacher": zeros})
     objective = REOPOLD(switch_step=0, entropy_share=share)
-    scope = Scope(seed=0, step=0, data_group=group)  # type: ignore[arg-type]
+    scope = Scope(seed=0, step=0, data_group=group)
     plan, _ = objective.prepare(stats, batch, scope, {})
     found = []
     for micro, weight_R in zip(batch.micro, plan.weights["reverse_kl"], strict=True):
@@ -151,4 +151,4 @@ def test_needs_and_settings() -> None:
         ({"entropy_share": 0.0}, "entropy_share=0.0: must be above 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            REOPOLD(**settings)  # type: ignore[arg-type]
+            REOPOLD(**settings)

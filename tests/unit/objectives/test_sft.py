@@ -31,7 +31,7 @@ def test_rejection_fine_tuning_is_fine_tuning_on_the_right_samples_alone(budget:
         "sequence_mean": torch.stack([_nll(one).mean() for one in right]).mean(),
         "sequence_sum": torch.stack([_nll(one).sum() for one in right]).mean(),
     }.items():
-        found = run(SFT(keep="correct", reduction=reduction), SAMPLES, budget)  # type: ignore[arg-type]
+        found = run(SFT(keep="correct", reduction=reduction), SAMPLES, budget)
         assert found.loss == pytest.approx(float(expected), rel=1e-6)
         assert not found.gradients["a", 1].any()
         assert not found.gradients["b", 0].any()

@@ -97,7 +97,7 @@ def test_trust_is_the_same_however_the_step_is_cut_and_another_in_another_step()
 def test_every_token_has_one_part_and_all_parts_one_denominator(reduction: str) -> None:
     origins = [(Origin.TEACHER,) * 2 + (Origin.STUDENT,) * 38, (Origin.STUDENT,) * 40]
     batch = packed(_samples(2, 40), origins=origins)
-    objective = TrOPD(guidance=0.25, reduction=reduction)  # type: ignore[arg-type]
+    objective = TrOPD(guidance=0.25, reduction=reduction)
     plan = _plan(objective, batch)
     parts = torch.stack([plan.weights["trust"][0], plan.weights["outlier"][0], plan.weights["guidance"][0] / 0.25])
     assert ((parts > 0).sum(0) == 1).all()
@@ -113,7 +113,7 @@ def test_every_token_has_one_part_and_all_parts_one_denominator(reduction: str) 
 def _rows(outlier: str, **settings: object) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of 200 tokens of id 0, of which the teacher wants less, times 200; which of them are trusted."""
     batch = packed([(0,) * 200])
-    objective = TrOPD(outlier=outlier, top_k=2, **settings)  # type: ignore[arg-type]
+    objective = TrOPD(outlier=outlier, top_k=2, **settings)
     found = run(objective, batch, STUDENT.expand(200, 4), TEACHER.expand(200, 4))
     return 200 * found.gradient_RV, found.plan.weights["trust"][0] > 0
 
@@ -199,7 +199,7 @@ def test_tokens_300_nats_apart_are_finite() -> None:
     apart = torch.tensor([[0.0, -300.0, 0.0, 0.0]])
     for outlier in ("forward_kl", "mask", "clip"):
         for student, teacher in ((apart, -apart), (-apart, apart)):
-            found = run(TrOPD(outlier=outlier, top_k=2), packed([(1,)]), student, teacher)  # type: ignore[arg-type]
+            found = run(TrOPD(outlier=outlier, top_k=2), packed([(1,)]), student, teacher)
             assert math.isfinite(found.loss)
             assert found.gradient_RV.isfinite().all()
 

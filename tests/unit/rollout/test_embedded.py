@@ -221,7 +221,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 )
 def test_sampling_is_checked(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field}={value}: must be"):
-        Sampling(**{field: value})  # type: ignore[arg-type]
+        Sampling(**{field: value})
 
 
 def test_random_source_is_fixed_by_its_key() -> None:

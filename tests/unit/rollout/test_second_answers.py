@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def around(folder: Path, run: Path, ranks: Any = None, thinking: bool | None = None) -> Surroundings:
     tokenizer = load_tokenizer(folder)
     if thinking is not None:
-        tokenizer.chat_template += "{{ 'thinking' if enable_thinking else 'at once' }}"  # type: ignore[operator]
+        tokenizer.chat_template += "{{ 'thinking' if enable_thinking else 'at once' }}"
     data = DataSection(prompts=folder / "train.jsonl", shuffle=False, thinking=thinking)
     return Surroundings(
         ranks=ranks or alone(),
@@ -104,7 +104,7 @@ def around(folder: Path, run: Path, ranks: Any = None, thinking: bool | None = N
         seed=3,
         prompts_per_step=2,
         steps=10,
-        device=None,  # type: ignore[arg-type]
+        device=None,
     )
 
 
@@ -130,7 +130,7 @@ def revising(text: str, sample: int) -> str:
 
 def test_a_trace_is_answer_phrase_revision_and_only_right_ones_are_kept(folder: Path, tmp_path: Path) -> None:
     surroundings = around(folder, tmp_path)
-    kept = step_of(Revise(engine=Scripted(script=revising), revisions=4), surroundings)  # type: ignore[arg-type]
+    kept = step_of(Revise(engine=Scripted(script=revising), revisions=4), surroundings)
     assert [(one.rollout.group[-1], one.rollout.sample) for one in kept] == [("0", 0), ("0", 2), ("1", 0), ("1", 2)]
     for one in kept:
         rollout, number = one.rollout, asked(surroundings.tokenizer.decode(one.rollout.prompt.tokens))
@@ -149,7 +149,7 @@ def test_a_trace_is_answer_phrase_revision_and_only_right_ones_are_kept(folder: 
 
 
 def test_right_answers_may_be_left_alone_and_traces_of_a_prompt_limited(folder: Path, tmp_path: Path) -> None:
-    part = Revise(engine=Scripted(script=revising), revisions=4, revise_right=False, most_per_prompt=1)  # type: ignore[arg-type]
+    part = Revise(engine=Scripted(script=revising), revisions=4, revise_right=False, most_per_prompt=1)
     (one,) = step_of(part, around(folder, tmp_path))
     assert one.rollout.group.endswith("1")
 
@@ -158,7 +158,7 @@ def test_a_cut_off_answer_is_not_revised(folder: Path, tmp_path: Path) -> None:
     def script(text: str, sample: int) -> str:
         return "Adding..." if asked(text) == 1 else revising(text, sample)
 
-    kept = step_of(Revise(engine=Scripted(script=script)), around(folder, tmp_path))  # type: ignore[arg-type]
+    kept = step_of(Revise(engine=Scripted(script=script)), around(folder, tmp_path))
     assert {one.rollout.group[-1] for one in kept} == {"1"}
 
 
@@ -173,7 +173,7 @@ def test_an_answer_that_ends_in_a_loop_is_not_revised_and_such_a_revision_not_ke
         looping = not revised if asked(text) == 1 else revised and sample == 0
         return revising(text, sample) + loop * looping
 
-    part = Revise(engine=Scripted(script=script), revisions=4)  # type: ignore[arg-type]
+    part = Revise(engine=Scripted(script=script), revisions=4)
     surroundings = around(folder, tmp_path)
     assert [(one.rollout.group[-1], one.rollout.sample) for one in step_of(part, surroundings)] == [("1", 2)]
     every = step_of(replace(part, refuse_loops=False), surroundings)
@@ -184,7 +184,7 @@ def test_the_same_answer_and_revision_are_kept_once_for_a_prompt_and_step(folder
     def script(text: str, sample: int) -> str:
         return (WRONG if "start over" not in text else REVISED).format(2 * asked(text), min(sample, 1))
 
-    part = Revise(engine=Scripted(script=script), revisions=4, most_per_prompt=3)  # type: ignore[arg-type]
+    part = Revise(engine=Scripted(script=script), revisions=4, most_per_prompt=3)
     surroundings = around(folder, tmp_path)
     kept = step_of(part, surroundings)
     assert [(one.rollout.group[-1], one.rollout.sample) for one in kept] == [("0", 0), ("0", 1), ("1", 0), ("1", 1)]
@@ -196,7 +196,7 @@ def test_what_leaves_no_room_for_a_revision_is_left_out_and_counted(folder: Path
         return "Long " * 100 + revising(text, sample) if asked(text) == 1 else revising(text, sample)
 
     surroundings = around(folder, tmp_path)
-    part = Revise(engine=Scripted(script=script), sampling=Sampling(max_new_tokens=3600))  # type: ignore[arg-type]
+    part = Revise(engine=Scripted(script=script), sampling=Sampling(max_new_tokens=3600))
     kept = step_of(part, surroundings)
     assert {one.rollout.group[-1] for one in kept} == {"1"}
     assert all(one.facts["revise/no_room"] == 0.5 and one.facts["revise/cut_off"] == 0 for one in kept)
@@ -208,7 +208,7 @@ def test_a_student_that_cannot_revise_ends_in_one_clear_error(folder: Path, tmp_
     def script(text: str, sample: int) -> str:
         return WRONG.format(0)
 
-    part = Revise(engine=Scripted(script=script), most_rounds=2)  # type: ignore[arg-type]
+    part = Revise(engine=Scripted(script=script), most_rounds=2)
     with pytest.raises(DataError, match=r"step 0: in rollout.most_rounds=2 rounds of 2 prompts no revision was right"):
         step_of(part, around(folder, tmp_path))
 
@@ -230,7 +230,7 @@ def reflecting(text: str, sample: int) -> str:
 
 
 PART = Reflect(
-    engine=Scripted(script=reflecting),  # type: ignore[arg-type]
+    engine=Scripted(script=reflecting),
     checks=Checks(copied_tokens=8, new_tokens=4),
     sampling=Sampling(max_new_tokens=400),
 )
@@ -267,7 +267,7 @@ def test_a_repair_that_has_no_room_is_not_asked_for(folder: Path, tmp_path: Path
         return "Long " * 100 + reply if sample == 4 and "<reconstruction>" not in text else reply
 
     surroundings = around(folder, tmp_path)
-    scored = step_of(replace(PART, engine=Scripted(script=script), sampling=LONG), surroundings)  # type: ignore[arg-type]
+    scored = step_of(replace(PART, engine=Scripted(script=script), sampling=LONG), surroundings)
     assert {one.rollout.sample: one.facts["reflect/no_room"] for one in scored if "reflect/no_room" in one.facts} == {
         3: 0.0,
         4: 1.0,
@@ -296,7 +296,7 @@ def test_a_group_is_eligible_by_its_verdicts_whether_or_not_there_is_something_t
         return RIGHT.format(4) if sample < 4 else WRONG.format(4) + UNKNOWN * (sample > 4)
 
     surroundings = replace(around(folder, tmp_path), verifier=Unsure(answer_after="####"))
-    scored = step_of(replace(PART, engine=Scripted(script=script)), surroundings)  # type: ignore[arg-type]
+    scored = step_of(replace(PART, engine=Scripted(script=script)), surroundings)
     assert len(scored) == 16, "nothing is repaired"
     assert [one.facts["reflect/eligible"] for one in scored] == [1.0] * 8 + [0.0] * 8
 
@@ -306,7 +306,7 @@ def test_an_answer_without_a_verdict_is_not_revised(folder: Path, tmp_path: Path
         return UNKNOWN if asked(text) == 1 else revising(text, sample)
 
     surroundings = replace(around(folder, tmp_path), verifier=Unsure(answer_after="####"))
-    kept = step_of(Revise(engine=Scripted(script=script)), surroundings)  # type: ignore[arg-type]
+    kept = step_of(Revise(engine=Scripted(script=script)), surroundings)
     assert {one.rollout.group[-1] for one in kept} == {"1"}
     assert all(one.facts["revise/unscored"] == 0.5 for one in kept)
 
@@ -332,7 +332,7 @@ def test_the_request_for_a_repair_is_rendered_as_the_prompts_are_unless_told_oth
             requests.append(text)
         return reflecting(text, sample)
 
-    part = replace(PART, engine=Scripted(script=script), thinking=own)  # type: ignore[arg-type]
+    part = replace(PART, engine=Scripted(script=script), thinking=own)
     step_of(part, around(folder, tmp_path, thinking=data))
     assert len(requests) == 3
     assert all(text.endswith(word) for text in requests)
@@ -354,7 +354,7 @@ def test_a_response_with_braces_stays_as_it_is(folder: Path, tmp_path: Path) -> 
             return "no"
         return "{right}\n#### 2" if sample < 4 else "{problem} {0} \\frac{1}{2}"
 
-    part = Reflect(engine=Scripted(script=script), sampling=PART.sampling)  # type: ignore[arg-type]
+    part = Reflect(engine=Scripted(script=script), sampling=PART.sampling)
     step_of(part, around(folder, tmp_path))
     assert seen
     assert all("{problem} {0} \\frac{1}{2}" in text and "{right}\n#### 2" in text for text in seen)

@@ -34,7 +34,7 @@ def test_a_world_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("sizes", [{"tp": 0}, {"pp": -1}, {"sequence_parallel": True}])
 def test_impossible_sizes_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"must be at least 1|needs tp > 1"):
-        ParallelSizes(**sizes)  # type: ignore[arg-type]
+        ParallelSizes(**sizes)
 
 
 def test_zigzag_shares_every_sequence_evenly() -> None:

@@ -39,7 +39,7 @@ def test_every_worked_step_and_every_result_is_right(made: Path) -> None:
     for row in rows(made / "task" / task.TRAIN) + rows(made / "task" / task.HELD_OUT):
         left, right = numbers(row["question"])
         *lines, last = row["answer"].splitlines()
-        columns = [tuple(map(int, STEP.fullmatch(line).groups())) for line in lines]  # type: ignore[union-attr]
+        columns = [tuple(map(int, STEP.fullmatch(line).groups())) for line in lines]
         assert all(a + b + carry == total for a, b, carry, total in columns), row
         assert [carry for _, _, carry, _ in columns] == [0, *(total // 10 for *_, total in columns[:-1])], row
         assert (left, right) == tuple(
