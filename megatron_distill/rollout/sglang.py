@@ -46,6 +46,7 @@ class Client(Connection):
         self._valid = valid_vocab
         self._stop_ids = tuple(sorted(stop_ids))
         self._info: ServerInfo | None = None
+        self._asking = asyncio.Lock()
         self._farewells: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -72,7 +73,8 @@ class Client(Connection):
         return self._info
 
     async def _known(self) -> ServerInfo:
-        return self._info or await self.info()
+        async with self._asking:  # many requests start at once; one of them asks
+            return self._info or await self.info()
 
     async def _vocab_size(self) -> int:
         """No route tells it, but a bias for an id that cannot be is refused with the range of those that can."""
