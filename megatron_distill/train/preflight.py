@@ -15,7 +15,9 @@ from megatron_distill.models.hf.io import SafetensorsFolder
 from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.spec import ModelLimits, ModelSpec
 from megatron_distill.rollout.demonstrate import check_solutions, solution_lengths
+from megatron_distill.rollout.engines.sglang import SGLang
 from megatron_distill.rollout.sample import check_answers
+from megatron_distill.rollout.server_settings import read_api_key, server_python
 from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
@@ -37,7 +39,15 @@ def preflight(run: RunConfig) -> list[str]:
     """
     wrong: list[str] = []
     notes: list[str] = []
-    for checks in (check_weights, check_teachers, check_vocabulary, check_prompts, check_evaluation, check_checkpoint):
+    for checks in (
+        check_weights,
+        check_teachers,
+        check_vocabulary,
+        check_engine,
+        check_prompts,
+        check_evaluation,
+        check_checkpoint,
+    ):
         try:
             notes += checks(run)
         except DistillError as error:
@@ -77,6 +87,22 @@ def check_vocabulary(run: RunConfig) -> list[str]:
                 f"which has ids below {rows}; take the tokenizer that the model was made with, or resize its embedding"
             )
     return []
+
+
+def check_engine(run: RunConfig) -> list[str]:
+    """Servers that the run is to start have something to run with, and a key if they want one."""
+    engine = served_by(run)
+    if engine is not None:
+        read_api_key(engine.servers.api_key_file)
+        if not engine.urls:
+            server_python(engine.servers.python)
+    return []
+
+
+def served_by(run: RunConfig) -> SGLang | None:
+    """The engine, where rollouts are written by servers."""
+    engine = run.rollout.engine if isinstance(run.rollout, Writing) else None
+    return engine if isinstance(engine, SGLang) else None
 
 
 def check_prompts(run: RunConfig) -> list[str]:
@@ -181,8 +207,11 @@ def student_tokenizer(run: RunConfig) -> PreTrainedTokenizerBase:
 
 
 def _fewest_positions(run: RunConfig) -> tuple[str, int]:
-    """The model that was made for the shortest sequences, and their length."""
+    """The model that was made for the shortest sequences, or a server that is told to, and their length."""
     positions = {place: ModelLimits.from_folder(folder).max_positions for place, folder in model_folders(run)}
+    engine = served_by(run)
+    if engine is not None and not engine.urls and engine.servers.context_length is not None:
+        positions["rollout.engine.servers.context_length"] = engine.servers.context_length
     return min(positions.items(), key=lambda item: item[1])
 
 

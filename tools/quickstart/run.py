@@ -28,6 +28,9 @@ NEEDED_SHARE_OF_GAP = 0.5
 MODELS = {"teacher": "teacher", "student_before": "student", "student_after": "distilled"}
 """Exported model folder, and the run that it comes from."""
 
+DISTILLATIONS = {"embedded": "distill", "sglang": "sglang"}
+"""By engine: the config of the distillation."""
+
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -67,13 +70,13 @@ class Summary:
         )
 
 
-def phases(seed: int) -> list[Phase]:
-    """All commands in order."""
+def phases(seed: int, engine: str = "embedded") -> list[Phase]:
+    """All commands in order; `engine` writes the distillation's rollouts."""
     return [
         Phase("make task", _python("tools.quickstart.task", str(FOLDER), "--seed", str(seed))),
         *_model("train teacher", "teacher", "teacher", seed),
         *_model("train student", "student", "student_before", seed),
-        *_model("distill", "distill", "student_after", seed),
+        *_model("distill", DISTILLATIONS[engine], "student_after", seed),
         Phase("reload with transformers", _python("tools.quickstart.reload", str(_export("student_after")))),
     ]
 
@@ -170,13 +173,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 only if the student came as near to its teacher as promised."""
     parser = argparse.ArgumentParser(description="a whole distillation on two processes, from data to exported model")
     parser.add_argument("--seed", type=int, default=1, help="another seed: other problems, other weights")
-    seed = parser.parse_args(arguments).seed
+    parser.add_argument(
+        "--engine",
+        choices=sorted(DISTILLATIONS),
+        default="embedded",
+        help="what writes the rollouts: a model in the run's own processes, or two SGLang servers (make sglang)",
+    )
+    chosen = parser.parse_args(arguments)
     console = Console()
     if (PROJECT / FOLDER).exists():
         console.print(f"quickstart: {FOLDER} is there already; starting afresh", highlight=False)
         shutil.rmtree(PROJECT / FOLDER)
     seconds: dict[str, float] = {}
-    for phase in phases(seed):
+    for phase in phases(chosen.seed, chosen.engine):
         seconds[phase.title] = perform(phase, console)
     seconds["total"] = sum(seconds.values())
     summary = Summary.of(*accuracies(), seconds)

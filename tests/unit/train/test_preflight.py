@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -74,6 +75,19 @@ def test_lengths_that_no_model_was_made_for_are_refused(config):
     line = complaint(config("rollout.sampling.max_new_tokens=500"))
     assert line.startswith("rollout.sampling.max_new_tokens=500: with the longest prompt (")
     assert "more than the 512 positions of student.model: set it to 4" in line
+
+
+def test_servers_need_something_to_run_with_and_room(config, tmp_path):
+    served = ("rollout.engine.kind=sglang", f"rollout.engine.servers.python={sys.executable}")
+    assert preflight(config(*served))
+    nowhere = complaint(config("rollout.engine.kind=sglang", "rollout.engine.servers.python=no/python"))
+    assert nowhere == "servers.python=no/python: not an interpreter that can be run"
+    line = complaint(config(*served, "rollout.engine.servers.context_length=100"))
+    assert "positions of rollout.engine.servers.context_length: set it to 75 or less" in line
+    line = complaint(config(*served, f"rollout.engine.servers.api_key_file={tmp_path / 'key'}"))
+    assert line.startswith("api_key_file=")
+    elsewhere = 'rollout.engine={kind: sglang, urls: ["http://localhost:1"], servers: {python: no/python}}'
+    assert preflight(config(elsewhere)), "servers that run already need no interpreter here"
 
 
 def test_demonstrations_need_solutions(config):
