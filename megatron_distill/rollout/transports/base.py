@@ -1,0 +1,111 @@
+"""What every way of sending weights answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from megatron_distill.rollout.transports.buckets import Bucket, buckets
+from megatron_distill.rollout.transports.crew import Crew, HoldsStageWeights
+from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipment:
+    """One set of weights on its way to servers."""
+
+    student: HoldsStageWeights
+    version: int
+    servers: Switchboard | None
+    """On leaders; None elsewhere."""
+    tp_sizes: tuple[int, ...]
+    """Processes of each server that want weights."""
+    fresh: bool
+    """Whether a server does not hold what was last sent to it: it was started anew, or is a new one."""
+
+    @property
+    def what(self) -> str:
+        """For errors."""
+        return f"weights of step {self.version}"
+
+
+class Transport(ABC):
+    """Built on every rank; methods are collective and raise the same error on every rank."""
+
+    session: ClassVar[bool]
+    """Whether servers must be told where the new weights begin and end."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+
+    @abstractmethod
+    def prepare(self, shipment: Shipment) -> None:
+        """What can be done while servers still write."""
+
+    @abstractmethod
+    def send(self, shipment: Shipment) -> int:
+        """To paused servers: the bytes that this rank sent."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """After a failure: let go of what may be broken; not collective."""
+
+    @abstractmethod
+    def tidy(self) -> None:
+        """After a shipment, however it ended; not collective."""
+
+    @abstractmethod
+    def close(self, servers: Switchboard | None) -> None:
+        """Let everything go, on servers too; not collective."""
+
+
+class Bucketed(Transport):
+    """Tensors go in buckets: one is under way while the next is gathered."""
+
+    session: ClassVar[bool] = True
+
+    def __init__(self, crew: Crew, bucket_bytes: int) -> None:
+        super().__init__(crew)
+        self.bucket_bytes = bucket_bytes
+        """Of the two buckets together."""
+        self._sent = 0
+
+    def send(self, shipment: Shipment) -> int:
+        self._sent = 0
+
+        def take(weights: Iterator[tuple[str, Tensor]]) -> None:
+            self._take(weights, shipment)
+
+        self.crew.in_turn(lambda: self.crew.stream(shipment.student, take))
+        return self._sent
+
+    def _take(self, weights: Iterator[tuple[str, Tensor]], shipment: Shipment) -> None:
+        under_way = None
+        for bucket in buckets(weights, self.bucket_bytes // 2):
+            self.load(bucket, shipment)
+            if under_way is not None:
+                self.land(under_way, shipment)
+            self._sent += sum(tensor.nbytes for _, tensor in bucket)
+            under_way = self.launch(bucket, shipment)
+            del bucket
+        if under_way is not None:
+            self.land(under_way, shipment)
+
+    def tidy(self) -> None:
+        pass
+
+    @abstractmethod
+    def load(self, bucket: Bucket, shipment: Shipment) -> None:
+        """Make it ready while the one before is under way."""
+
+    @abstractmethod
+    def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
+        """Set it on its way."""
+
+    def land(self, asked: Asked[None], shipment: Shipment) -> None:
+        """Wait until every server has taken it."""
+        asked.answers(shipment.what)

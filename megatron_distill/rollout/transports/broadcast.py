@@ -1,0 +1,236 @@
+"""Weights by broadcast, over a process group of a stage's leader and all servers: gloo between CPUs, NCCL between GPUs.
+
+The group belongs to no world: rank 0 is the leader, whoever the servers are. torch.distributed has no public way to
+make such a group, so the two backends' own classes are used. The prefixes of the store's keys are those under which
+`torch.distributed` looks for them on the servers' side.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+
+from megatron_distill.errors import SyncError
+from megatron_distill.rollout.sglang import Client
+from megatron_distill.rollout.transports.base import Bucketed, Shipment
+from megatron_distill.rollout.transports.buckets import Bucket
+from megatron_distill.rollout.transports.crew import Crew
+from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
+
+OWN_NAME = "auto"
+"""As host: the name of the machine that the leader runs on."""
+
+
+class Broadcast(Bucketed):
+    """One group for each pipeline stage, kept while the servers are the same and hold what was sent."""
+
+    def __init__(self, crew: Crew, bucket_bytes: int, *, host: str, seconds: float, device: torch.device) -> None:
+        """
+        Args:
+            crew: the ranks.
+            bucket_bytes: of buckets at one time.
+            host: address of this machine at which servers join.
+            seconds: for joining, and for each bucket.
+            device: where tensors are.
+        """
+        super().__init__(crew, bucket_bytes)
+        self._host = socket.gethostname() if host == OWN_NAME else host
+        self._seconds = seconds
+        self._device = device
+        self._group: WeightGroup | None = None
+        self._works: list[Any] = []
+        self._left: dict[str, list[str]] = {}
+        """Groups that this side has left and servers still keep, by server."""
+
+    def prepare(self, shipment: Shipment) -> None:
+        self.crew.in_turn(lambda: self._meet(shipment))
+
+    def _meet(self, shipment: Shipment) -> None:
+        servers = shipment.servers
+        if servers is None:
+            return
+        members = tuple(zip(servers.urls, shipment.tp_sizes, strict=True))
+        if self._group is not None and self._group.members == members and not shipment.fresh:
+            return
+        self.close(servers)
+        self._group = WeightGroup.form(
+            servers, shipment.tp_sizes, host=self._host, seconds=self._seconds, device=self._device
+        )
+
+    def load(self, bucket: Bucket, shipment: Shipment) -> None:
+        pass  # tensors are sent from where they are
+
+    def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
+        group, servers = self._group, shipment.servers
+        assert group is not None
+        assert servers is not None
+        names = [name for name, _ in bucket]
+        tensors = [tensor.contiguous() for _, tensor in bucket]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+
+        async def announce(client: Client) -> None:
+            await client.update_distributed(
+                names=names, dtypes=dtypes, shapes=shapes, group=group.name, timeout=self._seconds
+            )
+
+        asked = servers.begin(announce)
+        try:
+            self._works = [group.broadcast(tensor) for tensor in tensors]
+        except RuntimeError as error:
+            self.forget()
+            raise asked.failure(f"{shipment.what}: {_first_line(error)}") from error
+        return asked
+
+    def land(self, asked: Asked[None], shipment: Shipment) -> None:
+        # A server answers when it has received and loaded everything. One that is gone says so at once, before the
+        # group's own collectives notice (NCCL's would not).
+        if not asked.went_well():
+            self.forget()
+            raise asked.failure(shipment.what)
+        works, self._works = self._works, []
+        for work in works:
+            work.wait()
+
+    def forget(self) -> None:
+        group, self._group, self._works = self._group, None, []
+        if group is not None:
+            group.leave()
+            for url, _ in group.members:
+                self._left.setdefault(url, []).append(group.name)
+
+    def close(self, servers: Switchboard | None) -> None:
+        self.forget()
+        if servers is not None:
+            left = {url: self._left.pop(url, []) for url in servers.urls}
+
+            async def leave(client: Client) -> None:
+                for name in left[client.url]:
+                    await client.destroy_group(name)
+
+            servers.ask_if_there(leave)
+
+
+class WeightGroup:
+    """A process group of this process, rank 0, and the servers' processes."""
+
+    def __init__(self, name: str, members: tuple[tuple[str, int], ...], group: Any, store: TCPStore) -> None:
+        self.name = name
+        self.members = members
+        self._group = group
+        self._store = store
+
+    @staticmethod
+    def form(
+        servers: Switchboard, tp_sizes: Sequence[int], *, host: str, seconds: float, device: torch.device
+    ) -> WeightGroup:
+        """Invite the servers and join with them.
+
+        Raises:
+            SyncError: they did not all come.
+        """
+        members = tuple(zip(servers.urls, tp_sizes, strict=True))
+        offsets = dict(zip(servers.urls, accumulate(tp_sizes, initial=1), strict=False))
+        name, world = f"weights-{uuid4().hex}", 1 + sum(tp_sizes)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, port = _listen(host, seconds)
+
+        async def invite(client: Client) -> None:
+            await client.init_group(
+                address=host,
+                port=port,
+                rank_offset=offsets[client.url],
+                world_size=world,
+                group=name,
+                backend=backend,
+                timeout=seconds,
+            )
+
+        asked = servers.begin(invite)
+        joined = _in_thread(lambda: _join(store, name, world, backend, host, seconds))
+        wait([joined, *asked.futures.values()], return_when=FIRST_EXCEPTION)
+        if not joined.done() or any(future.done() and future.exception() for future in asked.futures.values()):
+            raise asked.failure("joining the weight group")
+        try:
+            group = joined.result()
+        except RuntimeError as error:
+            failure = asked.failure(f"joining the weight group ({_first_line(error)})")
+            raise failure from error
+        asked.answers("joining the weight group")
+        return WeightGroup(name, members, group, store)
+
+    def broadcast(self, tensor: Tensor) -> Any:
+        """From here to all; torch's handle of what is under way."""
+        return self._group.broadcast(tensor, 0)
+
+    def leave(self) -> None:
+        """Hang up, whatever is under way: servers that wait for the rest of a bucket see it and give up."""
+        self._group.abort()
+        del self._group, self._store
+
+
+def _listen(host: str, seconds: float) -> tuple[TCPStore, int]:
+    """A store that listens at `host` alone, where torch's own would at every address of the machine."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, 0), family=family)
+    except OSError as error:
+        raise SyncError(
+            f"weight group: cannot listen at {host}: {error}; host must be an address of this machine"
+        ) from error
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timedelta(seconds=seconds),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return store, port
+
+
+def _join(store: TCPStore, name: str, world: int, backend: str, host: str, seconds: float) -> Any:
+    # servers put the name before the store's keys, torch puts it there once more, and then the device
+    device = "cuda" if backend == "nccl" else "cpu"
+    keys = PrefixStore(f"{device}/", PrefixStore(f"{name}/", PrefixStore(name, store)))
+    if backend == "nccl":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=seconds)
+        return ProcessGroupNCCL(keys, 0, world, options)
+    gloo: Any = ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
+    options._threads = 2
+    options._timeout = timedelta(seconds=seconds)
+    return gloo(keys, 0, world, options)
+
+
+def _in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """In a thread that nobody has to wait for: joining ends at its own time limit."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="weight-group", daemon=True).start()
+    return future
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
