@@ -19,9 +19,9 @@ from megatron_distill.errors import BadAnswer, RequestRefused, RequestTimedOut, 
 from megatron_distill.rollout import wire
 from megatron_distill.rollout._http import Address, Connection, Limits
 from megatron_distill.rollout.base import Completion, Given, Request
-from megatron_distill.rollout.wire import Scores, ServerInfo
+from megatron_distill.rollout.wire import Held, Scores, ServerInfo
 
-__all__ = ["Address", "Client", "Limits", "Scores", "ServerInfo"]
+__all__ = ["Address", "Client", "Held", "Limits", "Scores", "ServerInfo"]
 
 _LEFT_ALONE = {"flush_cache": False, "abort_all_requests": False}
 """What an update must not do by itself: one bucket is not the whole."""
@@ -61,7 +61,7 @@ class Client(Connection):
     # -- what the server is ------------------------------------------------------------------------------------------
 
     async def info(self) -> ServerInfo:
-        """What the server says of itself, asked anew each time.
+        """What the server says of itself, asked anew each time; a server that is paused does not tell all of it.
 
         Raises:
             ServerError: as every method of this class.
@@ -71,6 +71,12 @@ class Client(Connection):
         with self.reading("/server_info"):
             self._info = wire.info(*told, vocab_size=vocab_size)
         return self._info
+
+    async def weights(self) -> Held:
+        """Which weights it holds; a server that is paused tells this too."""
+        told = [await self.call("GET", path) for path in ("/model_info", "/server_info")]
+        with self.reading("/server_info"):
+            return wire.held(*told)
 
     async def _known(self) -> ServerInfo:
         async with self._asking:  # many requests start at once; one of them asks

@@ -38,6 +38,15 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """The weights that a server holds."""
+
+    weight_version: str
+    tp_size: int
+    """Processes that share one copy of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What a server says of itself."""
 
@@ -50,7 +59,7 @@ class ServerInfo:
     """Prompt and response together; a prompt alone may take `longest_prompt` of it."""
     longest_prompt: int
     tp_size: int
-    """Processes that share one copy of the weights."""
+    """As in `Held`."""
     version: str
     """Of SGLang."""
     settings: Mapping[str, Any]
@@ -78,6 +87,15 @@ def info(model: Any, server: Any, listed: Any, *, vocab_size: int) -> ServerInfo
         version=_part(server, "version", str),
         settings={name: value for name, value in (model | server).items() if _public(name, value)},
     )
+
+
+def held(model: Any, server: Any) -> Held:
+    """What `/model_info` and `/server_info` tell of weights.
+
+    Raises:
+        ValueError: something is missing.
+    """
+    return Held(weight_version=_part(model, "weight_version", str), tp_size=_part(server, "tp_size", int))
 
 
 def _public(name: str, value: Any) -> bool:
