@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from megatron_distill.rollout.engines.base import EnginePart, Serving
 from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.prefetch import PrefetchSettings
 from megatron_distill.rollout.sample import Tools, Wanted, check_answers, sample
-from megatron_distill.rollout.sources.base import SourcePart, Surroundings, take
+from megatron_distill.rollout.sources.base import SourcePart, Surroundings, Walking
 from megatron_distill.types import Prompt, Scored
 
 
@@ -39,7 +38,7 @@ class Writing(SourcePart):
             raise ValueError(f"samples_per_prompt={self.samples_per_prompt}: must be at least 1")
 
 
-class Writer(ABC):
+class Writer(Walking, ABC):
     """A live one; its engine has no weights yet: publish the student first."""
 
     def __init__(self, part: Writing, surroundings: Surroundings) -> None:
@@ -49,9 +48,8 @@ class Writer(ABC):
             DataError: prompts lack the answers that the verifier compares with.
         """
         check_answers(surroundings.verifier, surroundings.prompts.items)
+        super().__init__(surroundings)
         self._writing = part
-        self._run = surroundings
-        self._cursor = surroundings.cursor()
         self._tools = Tools(
             engine=part.engine.connect(
                 Serving(
@@ -85,11 +83,6 @@ class Writer(ABC):
     def write(self, step: int) -> list[Scored]:
         """The step's scored rollouts; `take` says what to ask."""
 
-    def take(self, count: int) -> list[tuple[str, Prompt]]:
-        """The next prompts with their groups' names; they are then gone."""
-        chosen, self._cursor = take(self._cursor, self._run.prompts, count)
-        return chosen
-
     def answers(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
         """The student's own responses to these prompts, `samples_per_prompt` to each."""
         wanted = [
@@ -112,18 +105,6 @@ class Writer(ABC):
     def publish(self, student: HoldsWeights, version: int) -> None:
         """Hand the student's weights to the engine."""
         self.engine.load_weights(student, version)
-
-    def state(self) -> dict[str, int]:
-        """The place in the prompts."""
-        return self._cursor.state()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on at a saved place.
-
-        Raises:
-            CheckpointError: the data has changed.
-        """
-        self._cursor = self._cursor.restore(state)
 
     def close(self) -> None:
         """End the engine, and the verifier's processes."""

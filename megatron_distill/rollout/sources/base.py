@@ -44,10 +44,6 @@ class Surroundings:
     mesh: Mesh | None = None
     """The ranks that hold the student; an engine that is one for all ranks takes weights from there."""
 
-    def cursor(self) -> Cursor:
-        """At the start of the prompts."""
-        return Cursor(size=len(self.prompts), seed=self.seed, shuffle=self.prompts.shuffle)
-
     @property
     def traces(self) -> Path:
         """Where recorded rollouts go."""
@@ -106,7 +102,45 @@ class SourcePart(ABC):
         """The live source."""
 
 
-def take(cursor: Cursor, prompts: Prompts, count: int) -> tuple[list[tuple[str, Prompt]], Cursor]:
-    """The next prompts, each with a group name that sorts and never comes again, and the cursor after them."""
-    places, after = cursor.take(count)
-    return [(f"{position:012d}", prompts[index]) for position, index in places], after
+class Walking:
+    """A live source that goes through the prompts in order; its place among them is its state."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self._run = surroundings
+        self._cursor = Cursor(
+            size=len(surroundings.prompts), seed=surroundings.seed, shuffle=surroundings.prompts.shuffle
+        )
+
+    def take(self, count: int) -> list[tuple[str, Prompt]]:
+        """The next prompts, each with a group name that sorts and never comes again; they are then gone."""
+        places, self._cursor = self._cursor.take(count)
+        return [(f"{position:012d}", self._run.prompts[index]) for position, index in places]
+
+    def state(self) -> dict[str, int]:
+        """The place in the prompts."""
+        return self._cursor.state()
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on at a saved place.
+
+        Raises:
+            CheckpointError: the data has changed.
+        """
+        self._cursor = self._cursor.restore(state)
+
+
+class FromData(Walking):
+    """One whose responses stand in the data: without an engine, and never stale."""
+
+    engine = None
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self._version = 0
+
+    def publish(self, student: HoldsWeights, version: int) -> None:
+        """The responses count as written by the newest weights."""
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing to give back."""

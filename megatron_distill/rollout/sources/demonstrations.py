@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_distill.rollout.demonstrate import check_solutions, demonstrate
-from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
+from megatron_distill.rollout.sources.base import FromData, SourcePart, Surroundings
 from megatron_distill.types import Origin, Scored
 
 
@@ -39,20 +38,15 @@ class Demonstrations(SourcePart):
         return Demonstrating(self, surroundings)
 
 
-class Demonstrating:
-    """The live source; it has no engine, so it takes no weights."""
-
-    engine = None
+class Demonstrating(FromData):
+    """The live source."""
 
     def __init__(self, part: Demonstrations, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
         self._part = part
-        self._run = surroundings
-        self._cursor = surroundings.cursor()
-        self._version = 0
 
     def next(self, step: int) -> list[Scored]:
         """One demonstration per prompt."""
-        chosen, self._cursor = take(self._cursor, self._run.prompts, self._run.prompts_per_step)
         return [
             demonstrate(
                 self._run.tokenizer,
@@ -61,24 +55,5 @@ class Demonstrating:
                 version=self._version,
                 max_tokens=self._part.max_response_tokens,
             )
-            for group, prompt in chosen
+            for group, prompt in self.take(self._run.prompts_per_step)
         ]
-
-    def publish(self, student: HoldsWeights, version: int) -> None:
-        """Demonstrations never grow stale: they count as written by the newest weights."""
-        self._version = version
-
-    def state(self) -> dict[str, int]:
-        """The place in the prompts."""
-        return self._cursor.state()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on at a saved place.
-
-        Raises:
-            CheckpointError: the data has changed.
-        """
-        self._cursor = self._cursor.restore(state)
-
-    def close(self) -> None:
-        """Nothing to give back."""

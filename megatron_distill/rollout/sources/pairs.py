@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from megatron_distill.errors import DataError
 from megatron_distill.rollout.demonstrate import demonstrate, text_lengths
-from megatron_distill.rollout.sources.base import HoldsWeights, SourcePart, Surroundings, take
+from megatron_distill.rollout.sources.base import FromData, SourcePart, Surroundings
 from megatron_distill.types import Origin, Prompt, Scored, Stop
 
 if TYPE_CHECKING:
@@ -89,16 +89,12 @@ def _too_long(part: Pairs, prompt: Prompt, length: int, more: str = "") -> DataE
     )
 
 
-class Pairing:
-    """The live source; it has no engine, so it takes no weights."""
-
-    engine = None
+class Pairing(FromData):
+    """The live source."""
 
     def __init__(self, part: Pairs, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
         self._part = part
-        self._run = surroundings
-        self._cursor = surroundings.cursor()
-        self._version = 0
 
     def next(self, step: int) -> list[Scored]:
         """`prompts_per_step` pairs, chosen before rejected.
@@ -109,7 +105,7 @@ class Pairing:
         pairs: list[Scored] = []
         skipped = 0
         while len(pairs) < 2 * self._run.prompts_per_step:
-            ((group, prompt),), self._cursor = take(self._cursor, self._run.prompts, 1)
+            ((group, prompt),) = self.take(1)
             pair = [self._response(group, prompt, sample) for sample in range(2)]
             if all(one.rollout.stop is Stop.EOS for one in pair):
                 pairs += pair
@@ -138,22 +134,3 @@ class Pairing:
             sample=sample,
             reward=1.0 - sample,
         )
-
-    def publish(self, student: HoldsWeights, version: int) -> None:
-        """Pairs never grow stale: they count as written by the newest weights."""
-        self._version = version
-
-    def state(self) -> dict[str, int]:
-        """The place in the prompts."""
-        return self._cursor.state()
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on at a saved place.
-
-        Raises:
-            CheckpointError: the data has changed.
-        """
-        self._cursor = self._cursor.restore(state)
-
-    def close(self) -> None:
-        """Nothing to give back."""
