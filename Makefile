@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE ?= 1
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slow certify bench check format requirements clean
+.PHONY: help setup quickstart test slow sglang served certify bench check format requirements clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 16
@@ -39,6 +39,12 @@ test: check  ## check, then the tests; TESTS="tests/unit/losses -k kl" chooses
 slow: setup  ## the tests that take minutes; TESTS chooses here too
 	@$(python) -m pytest -m "slow and not gpu and not sglang" $(TESTS)
 
+sglang: setup  ## make .venv-sglang, which runs SGLang's real server, on CPUs too; once
+	@sh tools/setup_sglang.sh
+
+served: setup sglang  ## the tests with the real SGLang server; TESTS chooses here too
+	@$(python) -m pytest -m "sglang and not gpu" $(TESTS)
+
 certify: setup  ## hold every objective to its oracle under every cut; writes docs/certificates.*
 	@$(python) -m tests.certify.run $(CERTIFY)
 
@@ -54,5 +60,5 @@ format: setup  ## let ruff rewrite what it can
 requirements: setup  ## pin again from pyproject.toml, with hashes and without index addresses
 	@sh tools/requirements.sh
 
-clean:  ## remove runs, caches and the environment
-	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache runs build dist
+clean:  ## remove runs, caches and the environments
+	rm -rf .venv .venv-sglang .tools .mypy_cache .ruff_cache .pytest_cache runs build dist

@@ -4,7 +4,15 @@ set -eu
 cd "$(dirname "$0")/.."
 uv=$(command -v uv || printf '%s' .tools/uv/bin/uv)
 
-"$uv" pip compile pyproject.toml --group dev --python .venv/bin/python \
-    --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --output-file requirements/dev.txt
-grep -n -i -e '^ *--\(extra-\)\{0,1\}index-url' -e '^ *--find-links' requirements/dev.txt && exit 1
-printf 'pinned %s packages in requirements/dev.txt\n' "$(grep -c '==' requirements/dev.txt)"
+pin() {
+    file=$1
+    shift
+    "$uv" pip compile "$@" --python .venv/bin/python \
+        --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --quiet --output-file "$file"
+    if grep -n -i -e '^ *--\(extra-\)\{0,1\}index-url' -e '^ *--find-links' "$file"; then exit 1; fi
+    printf 'pinned %s packages in %s\n' "$(grep -c '==' "$file")" "$file"
+}
+
+pin requirements/dev.txt pyproject.toml --group dev
+server=tools/sglang_cpu/pyproject.toml
+pin requirements/sglang.txt "$server" --group "$server:build"

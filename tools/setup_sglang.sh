@@ -41,6 +41,14 @@ or newer (Debian 12, Ubuntu 22.04, RHEL 9)" ;;
     "$uv" pip sync --python "$environment/bin/python" --require-hashes "$requirements"
     say "installing its platform for CPUs, editable"
     "$uv" pip install --quiet --python "$environment/bin/python" --no-deps --no-build-isolation --editable "$platform"
+    # A server is three processes that import 8000 files: compiled once here, and not by each of them at its first start.
+    say "looking whether a server's parts can be imported"
+    (unset PYTHONDONTWRITEBYTECODE; SGLANG_PLATFORM=torch_cpu "$environment/bin/python" -W ignore -c "
+import sglang.launch_server
+import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.srt.managers.detokenizer_manager
+from sglang.srt.models.registry import ModelRegistry
+assert 'Qwen3ForCausalLM' in ModelRegistry.get_supported_archs()
+") > .tools/setup_sglang.log 2>&1 || { tail -n 20 .tools/setup_sglang.log >&2; stop "they cannot: see above"; }
     current_stamp > "$stamp"
     say "done"
 }

@@ -173,10 +173,11 @@ class ServerProcess:
 
     def kill(self) -> None:
         """End all its processes at once; returns when its port is free. Nothing happens if none runs."""
-        self._signal(signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait()
         self._forget_secret()
+        if self._process is None:
+            return
+        self._signal(signal.SIGKILL)
+        self._process.wait()
         end = time.monotonic() + STOP_SECONDS
         while self._taken() and time.monotonic() < end:
             time.sleep(0.02)
@@ -246,6 +247,7 @@ class ServerGroup:
         """
         settings = replace(settings, python=server_python(settings.python))
         read_api_key(settings.api_key_file)
+        ports = choose_ports(settings.host, settings.port, settings.count)
         self._scratch = tempfile.TemporaryDirectory(prefix="servers-") if logs is None else None
         folder = logs if logs is not None else Path(self._scratch.name)  # type: ignore[union-attr]
         self.processes = [
@@ -258,7 +260,7 @@ class ServerGroup:
                 name=f"{name}-{index}",
                 log=folder / f"{name}-{index}.log",
             )
-            for index, port in enumerate(choose_ports(settings.host, settings.port, settings.count))
+            for index, port in enumerate(ports)
         ]
 
     @property

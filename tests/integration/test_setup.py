@@ -140,7 +140,7 @@ def test_requirement_files_are_hashed_and_name_no_index() -> None:
 
 def test_ci_runs_its_targets_in_turn_and_keeps_the_exit_code_of_the_first_that_fails(tmp_path: Path) -> None:
     shutil.copytree(PROJECT / ".ci", tmp_path / ".ci")
-    targets = ["test", "slow", "certify"]
+    targets = ["test", "slow", "certify", "served"]
     for failing in [None, *targets]:
         recipes = [f"{name}:\n\t@echo ran {name}; exit {2 * (name == failing)}\n" for name in targets]
         (tmp_path / "Makefile").write_text("".join(recipes))
