@@ -101,6 +101,7 @@ class Elsewhere:
             while True:
                 try:
                     await client.call("GET", "/model_info", seconds=POLL_SECONDS * 5)
+                    await client.resume()  # a trainer that was killed may have left it paused
                     return
                 except ServerError as error:
                     if time.monotonic() > end:

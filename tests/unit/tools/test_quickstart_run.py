@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_distill.config import check, load
+from megatron_distill.rollout.engines.embedded import Embedded
+from megatron_distill.rollout.engines.sglang import SGLang
+from megatron_distill.rollout.sources.generate import Generate
 from megatron_distill.train.preflight import preflight
 from tools.quickstart import reload, run, task
 
@@ -49,8 +53,18 @@ def test_configs_pass_every_check_of_a_run(made: Path, name: str, monkeypatch: p
     assert config.parallel.world == 2
 
 
-def test_commands_are_the_public_ones_and_name_configs_that_exist() -> None:
-    for phase in run.phases(seed=1):
+def test_servers_write_for_the_same_distillation(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    served, embedded = (load(PROJECT / "configs" / "quickstart" / f"{name}.yaml") for name in ("sglang", "distill"))
+    check(served)
+    assert isinstance(served.rollout, Generate)
+    assert isinstance(served.rollout.engine, SGLang)
+    assert replace(served, rollout=replace(served.rollout, engine=Embedded())) == embedded
+
+
+@pytest.mark.parametrize("engine", sorted(run.DISTILLATIONS))
+def test_commands_are_the_public_ones_and_name_configs_that_exist(engine: str) -> None:
+    for phase in run.phases(seed=1, engine=engine):
         program, *words = phase.command
         assert program == "megatron-distill" or words[1].startswith("tools."), phase
         configs = [word for word in words if word.endswith(".yaml")]
