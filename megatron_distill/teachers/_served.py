@@ -24,8 +24,6 @@ CANARY_TOLERANCE = 0.05
 ALIKE = "all servers of a teacher must hold one model, and nobody may give them other weights"
 LOOK_SECONDS = 5.0
 """Between two looks at whether servers still react."""
-PATIENCE_SECONDS = 30.0
-"""How long a server may take to say that it is there, before it counts as hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +38,12 @@ class Served:
     """Ids that all models of the run know."""
     in_flight: int
     request_seconds: float
+    silent_seconds: float
+    """How long a server may take to say that it is there, before it counts as hung."""
 
     def client(self, address: Address) -> Client:
         """One that speaks of the run's ids only."""
-        limits = Limits(request_seconds=self.request_seconds, control_seconds=PATIENCE_SECONDS)
+        limits = Limits(request_seconds=self.request_seconds)
         return Client(address, limits=limits, valid_vocab=self.vocabulary)
 
 
@@ -164,7 +164,7 @@ async def _ask(
 ) -> Outcome:
     complete, failure = False, None
     async with Fleet([served.client(address) for address in addresses], in_flight=served.in_flight) as fleet:
-        watch = asyncio.create_task(_watch(fleet))
+        watch = asyncio.create_task(_watch(fleet, served.silent_seconds))
         try:
             await fleet.score_all(given, top_k, on_done)
             complete = True
@@ -177,14 +177,21 @@ async def _ask(
         return Outcome(complete=complete, lost=tuple(fleet.lost), failure=failure)
 
 
-async def _watch(fleet: Fleet) -> None:
+async def _watch(fleet: Fleet, seconds: float) -> None:
     """Take out servers that no longer react, so that requests there do not wait for their own time to pass."""
     while True:
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(min(LOOK_SECONDS, seconds))
         for client in fleet.clients:
-            if client.url in fleet.serving and not await client.ready():
-                why = f"{client.url}: did not say within {PATIENCE_SECONDS:g} s that it is there"
+            if client.url in fleet.serving and not await _reacts(client, seconds):
+                why = f"{client.url}: did not say within {seconds:g} s that it is there"
                 fleet.withdraw(client.url, ServerLost(why, server=client.url))
+
+
+async def _reacts(client: Client, seconds: float) -> bool:
+    try:
+        return await asyncio.wait_for(client.ready(), seconds)
+    except TimeoutError:
+        return False
 
 
 def alive(served: Served, addresses: Sequence[Address]) -> list[str]:
@@ -194,7 +201,7 @@ def alive(served: Served, addresses: Sequence[Address]) -> list[str]:
         found = []
         for address in addresses:
             async with served.client(address) as client:
-                if await client.ready():
+                if await _reacts(client, served.silent_seconds):
                     found.append(address.url)
         return found
 

@@ -57,6 +57,8 @@ class RemotePart(TeacherPart):
     """Requests at a time on each server, from each data-parallel replica."""
     request_seconds: float = 900.0
     """Longest that a server may take for one response."""
+    silent_seconds: float = 30.0
+    """A server that has not said for so long that it is there counts as dead."""
     most_restarts: int = 3
     """How often in a run servers may die, or be waited for, before the run stops."""
     trust_remote_code: bool = False
@@ -68,8 +70,9 @@ class RemotePart(TeacherPart):
         for name, least in {"top_k": 0, "in_flight": 1, "most_restarts": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more")
-        if not self.request_seconds > 0:
-            raise ValueError(f"request_seconds={self.request_seconds}: must be above 0")
+        for name in ("request_seconds", "silent_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
         if self.served_as is not None and not self.urls:
             raise ValueError(
                 f"served_as={self.served_as}: the run starts the servers itself; leave it null, or set urls"
@@ -103,6 +106,7 @@ class RemotePart(TeacherPart):
             vocabulary=student.partition.valid,
             in_flight=self.in_flight,
             request_seconds=self.request_seconds,
+            silent_seconds=self.silent_seconds,
         )
         servers: list[Servers] = []
 

@@ -36,6 +36,7 @@ def nobody():
 
 def served(folder, **changes):
     given = {"served_as": str(folder.resolve()), "vocabulary": 259, "in_flight": 4, "request_seconds": 5.0}
+    given |= {"silent_seconds": 5.0}
     return Served(model=folder, **{**given, **changes})
 
 
