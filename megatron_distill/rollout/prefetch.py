@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -178,8 +178,9 @@ class Prefetch:
         with self._gate:
             self._closed = True
             self._gate.notify_all()
-        if self._source.engine is not None:
-            self._source.engine.abort()
+        if self._source.engine is not None and self._thread is not None and self._thread.is_alive():
+            with suppress(EngineError):  # of servers that are gone, too
+                self._source.engine.abort()
         self._join()
         self._source.close()
         self._join()

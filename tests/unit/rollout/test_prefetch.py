@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_distill.errors import ConfigError, DataError, DistillError
+from megatron_distill.errors import ConfigError, DataError, DistillError, EngineError, EngineStopped
 from megatron_distill.rewards.base import Judge, Verdict, Verifier
 from megatron_distill.rollout.base import Request, Sampling
 from megatron_distill.rollout.prefetch import GRACE_SECONDS, Prefetch, PrefetchSettings
@@ -132,47 +132,61 @@ class Breaking(Verifier):
     """Breaks on one rank when it is asked for the second time."""
 
     here: bool
+    error: type[Exception]
     needs_answers = False
 
     def connect(self) -> Judge:
-        return Broken(self.here)
+        return Broken(self.here, self.error)
 
 
 class Broken:
-    def __init__(self, here: bool) -> None:
-        self.here, self.asked = here, 0
+    def __init__(self, here: bool, error: type[Exception]) -> None:
+        self.here, self.error, self.asked = here, error, 0
 
     def score(self, pairs: Any) -> list[Verdict]:
         self.asked += 1
         if self.here and self.asked == 2:
-            raise ZeroDivisionError("no verdict")
+            raise self.error("no verdict")
         return [Verdict(0.0, {}) for _ in pairs]
 
     def close(self) -> None:
         """Nothing."""
 
 
-def test_an_error_on_one_rank_is_raised_on_all_and_close_returns(folder: Path, tmp_path: Path) -> None:
-    """The other ranks' threads wait for one that does not come."""
+@pytest.mark.parametrize(
+    ("error", "told", "own", "own_text"),
+    [
+        (ZeroDivisionError, "DistillError", "ZeroDivisionError", "no verdict"),
+        (EngineError, "EngineStopped", "EngineStopped", "rank 1: no verdict"),
+        (EngineStopped, "EngineStopped", "EngineStopped", "no verdict"),
+    ],
+)
+def test_an_error_on_one_rank_is_raised_on_all_and_close_returns(
+    folder: Path, tmp_path: Path, error: type[Exception], told: str, own: str, own_text: str
+) -> None:
+    """The other ranks' threads wait for one that does not come; all agree on whether an engine has stopped."""
     boards: tuple[list[Any], Barrier] = [None, None], Barrier(2, timeout=60)
 
     def rank(main: Threads) -> tuple[str, str, float]:
-        around = surroundings(folder, tmp_path, Threads(main.rank, *boards), verifier=Breaking(here=main.rank == 1))
+        around = surroundings(
+            folder, tmp_path, Threads(main.rank, *boards), verifier=Breaking(here=main.rank == 1, error=error)
+        )
         source, student = ahead(around, main)
         source.publish(student, 0)
         source.next(0)
         source.publish(student, 1)
         try:
             source.next(1)
-        except (DistillError, ZeroDivisionError) as error:
+        except (DistillError, ZeroDivisionError) as caught:
             begin = time.monotonic()
             source.close()
-            return type(error).__name__, str(error), time.monotonic() - begin
+            return type(caught).__name__, str(caught), time.monotonic() - begin
         raise AssertionError("no error")
 
-    (first, text, seconds), (second, own, _) = in_world(2, rank)
-    assert (first, text) == ("DistillError", "rank 1: ZeroDivisionError: no verdict")
-    assert (second, own) == ("ZeroDivisionError", "no verdict")
+    (first, text, seconds), (second, second_text, _) = in_world(2, rank)
+    name = f"{error.__name__}: " if error is ZeroDivisionError else ""
+    assert (first, text) == (told, f"rank 1: {name}no verdict")
+    assert (second, second_text) == (own, own_text)
     assert seconds < GRACE_SECONDS
     boards[1].abort()
 
