@@ -115,9 +115,8 @@ class Connection:
                 f"{where}: no answer within {seconds:g} s; the server hangs or has too much to do", **named
             ) from error
         except (aiohttp.ClientError, OSError) as error:
-            told = str(error) or type(error).__name__
             raise ServerLost(
-                f"{where}: {told}; the server is not there, or died over it: see its log", **named
+                f"{where}: {_happened(error)}; the server is gone, or died over it: see its log", **named
             ) from error
         return self._content(status, content, where, rid)
 
@@ -175,6 +174,20 @@ class _Reading:
                 server=self.connection.url,
                 request=self.rid,
             ) from error
+
+
+def _happened(error: Exception) -> str:
+    """What went wrong on the way, in words."""
+    match error:
+        case aiohttp.ClientPayloadError():
+            return "the answer was cut short"
+        case aiohttp.ServerDisconnectedError():
+            return "hung up before it answered"
+        case aiohttp.ClientConnectorError():
+            return f"no connection ({error.os_error.strerror or error.os_error})"
+        case aiohttp.ClientResponseError():
+            return f"no HTTP ({' '.join(error.message.split())[:TOLD]})"
+    return str(error) or type(error).__name__
 
 
 def _said(text: str) -> str:

@@ -62,16 +62,16 @@ def within[T](seconds: float, work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("raw", "kind", "told"),
     [
-        (http("200 OK", b'{"a": 1', length=500), ServerLost, "ContentLengthError|not enough data"),
+        (http("200 OK", b'{"a": 1', length=500), ServerLost, "the answer was cut short"),
         (
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n64\r\n{",
             ServerLost,
-            "TransferEncodingError|not enough",
+            "the answer was cut short",
         ),
         (http("200 OK", b'{"output_ids": [1, 2'), ServerLost, "was cut, or is no JSON"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b'{"output_ids": [1, 2', ServerLost, "was cut, or is no JSON"),
-        (b"", ServerLost, "died over it"),
-        (b"220 smtp.example ESMTP\r\n\r\n", ServerLost, "died over it"),
+        (b"", ServerLost, "hung up before it answered"),
+        (b"220 smtp.example ESMTP\r\n\r\n", ServerLost, "no HTTP"),
         (
             http("400 Bad Request", b'{"error": {"message": "Input is too long"}}'),
             RequestRefused,
@@ -100,7 +100,7 @@ def test_a_port_nobody_listens_on() -> None:
     async def ask() -> None:
         async with Client(Address(f"http://127.0.0.1:{closed_port()}")) as client:
             assert not await client.ready()
-            with pytest.raises(ServerLost, match="is not there, or died"):
+            with pytest.raises(ServerLost, match=r"no connection .*is gone"):
                 await client.info()
 
     within(5, ask())

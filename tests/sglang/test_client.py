@@ -1,0 +1,463 @@
+"""The client and the fleet with real servers: answers, ends, faults on the way, versions, what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_distill.errors import (
+    BadAnswer,
+    EngineError,
+    RequestRefused,
+    RequestTimedOut,
+    ServerFailed,
+    ServerLost,
+)
+from megatron_distill.rollout.base import Completion, Given, Request, Sampling
+from megatron_distill.rollout.fleet import Fleet
+from megatron_distill.rollout.servers import ServerGroup
+from megatron_distill.rollout.sglang import Address, Client, Limits
+from megatron_distill.types import Stop
+from tests.broken import Relay
+
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(900)]
+
+STOP = (2,)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_served: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_served, local_files_only=True, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def unchanged(served: ServerGroup, tiny_served: Path) -> ServerGroup:
+    """Servers with the weights that they were started with, whatever tests before have given them."""
+
+    async def restore() -> None:
+        for url in served.urls:
+            async with client(url) as connected:
+                await connected.resume()
+                await connected.update_disk(tiny_served)
+                await connected.flush_cache()
+
+    within(120, restore())
+    return served
+
+
+@pytest.fixture
+def url(unchanged: ServerGroup) -> str:
+    """One of them; its weights are called version 1."""
+
+    async def name() -> None:
+        async with client(unchanged.urls[0]) as connected:
+            await connected.set_version("1")
+
+    within(60, name())
+    return unchanged.urls[0]
+
+
+def within[T](seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async def limited() -> T:
+        async with asyncio.timeout(seconds):
+            return await work
+
+    return asyncio.run(limited())
+
+
+def requests(count: int, longest: int) -> list[Request]:
+    sampling = Sampling(max_new_tokens=longest)
+    return [Request(tokens=tuple(range(3 + i % 30, 20 + i % 30)), sampling=sampling, key=(1, i)) for i in range(count)]
+
+
+def one_request(longest: int, tokens: tuple[int, ...] = (5, 6, 7)) -> Request:
+    return Request(tokens=tokens, sampling=Sampling(max_new_tokens=longest), key=(1,))
+
+
+def client(url: str, **settings: Any) -> Client:
+    return Client(Address(url), **({"stop_ids": STOP} | settings))
+
+
+@asynccontextmanager
+async def relayed(
+    url: str, **settings: Any
+) -> AsyncIterator[tuple[Fleet, Relay, Relay, list[tuple[str, EngineError]]]]:
+    """A fleet of two addresses that lead to a real server through relays, and what it said of lost ones."""
+    lost: list[tuple[str, EngineError]] = []
+    async with (
+        Relay(url) as one,
+        Relay(url) as other,
+        Fleet(
+            [client(one.url), client(other.url)],
+            on_lost=lambda url, why: lost.append((url, why)),
+            **({"in_flight": 8} | settings),
+        ) as fleet,
+    ):
+        fleet.announce(1)
+        yield fleet, one, other, lost
+
+
+def check_once(done: Sequence[Completion], times: Counter[int], asked: Sequence[Request]) -> None:
+    """Every request was answered, and once."""
+    assert len(done) == len(asked)
+    assert times == Counter(range(len(asked)))
+    assert all(one.stop in (Stop.EOS, Stop.LENGTH) and one.tokens for one in done)
+
+
+def test_a_server_says_what_it_is(url: str, tiny_served: Path) -> None:
+    async def ask() -> None:
+        async with client(url) as connected:
+            info = await connected.info()
+            assert (info.vocab_size, info.context_length, info.longest_prompt) == (259, 512, 506)
+            assert (Path(info.model_path), info.weight_version, info.tp_size) == (tiny_served, "1", 1)
+            assert info.settings["architectures"] == ["Qwen3ForCausalLM"]
+            assert await connected.ready()
+
+    within(60, ask())
+
+
+def test_what_would_kill_a_server_never_leaves(url: str) -> None:
+    async def ask() -> None:
+        async with Relay(url) as relay, client(relay.url, valid_vocab=250) as connected:
+            await connected.info()
+            before = relay.requests
+            for wrong, told in [
+                (one_request(4, (5, 259)), "token id 259: must be below 250"),
+                (one_request(4, (250,)), "token id 250: must be below 250"),
+                (one_request(4, (-1,)), "token id -1"),
+                (one_request(4, ()), "no tokens"),
+                (one_request(13, (5,) * 500), "500 tokens, at most 499 fit"),
+                (one_request(1, (5,) * 507), "507 tokens, at most 506 fit"),
+            ]:
+                with pytest.raises(RequestRefused, match=told):
+                    await connected.generate(wrong, "r")
+            for given, top_k, told in [
+                (Given(tokens=(5, 6, 7), start=1), 251, "top_k=251"),
+                (Given(tokens=(5, 6, 7), start=1), -1, "top_k=-1"),
+                (Given(tokens=(5, 6, 7), start=3), 0, "start=3 of 3"),
+                (Given(tokens=(5, 6, 7), start=0), 0, "start=0"),
+                (Given(tokens=(5, 6, 259), start=1), 0, "token id 259"),
+                (Given(tokens=(5,) * 507, start=1), 0, "507 tokens"),
+            ]:
+                with pytest.raises(RequestRefused, match=told):
+                    await connected.score(given, "r", top_k)
+            assert relay.requests == before
+            assert (await connected.generate(one_request(12, (5,) * 499 + (6,)), "r")).tokens, "the longest that fits"
+
+    within(60, ask())
+
+
+@pytest.mark.parametrize("valid", [None, 250])
+@pytest.mark.parametrize("top_k", [0, 5, 250])
+def test_scores_are_those_of_a_whole_pass(url: str, model: Any, valid: int | None, top_k: int) -> None:
+    given = [Given(tokens=tuple(range(3, 40 + 10 * index)), start=20 + index) for index in range(3)]
+
+    async def ask() -> list[Any]:
+        async with Fleet([client(url, valid_vocab=valid)]) as fleet:
+            return await fleet.score_all(given, top_k)
+
+    for one, scores in zip(given, within(60, ask()), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([one.tokens])).logits[0, one.start - 1 : -1, :valid]
+        logp_RV = logits.log_softmax(-1)
+        target_R = torch.tensor(one.tokens[one.start :])
+        np.testing.assert_allclose(scores.logprobs, logp_RV.gather(1, target_R[:, None]).squeeze(1), atol=1e-4)
+        if top_k:
+            expected = logp_RV.topk(top_k)
+            np.testing.assert_allclose(scores.top_logprobs, expected.values, atol=1e-4)
+            np.testing.assert_allclose(
+                logp_RV.gather(1, torch.from_numpy(scores.top_ids.astype(np.int64))), expected.values, atol=1e-4
+            )
+        assert (scores.top_ids is None) == (top_k == 0)
+
+
+def test_a_prefix_that_was_read_is_not_read_again(url: str) -> None:
+    async def ask() -> int:
+        async with client(url) as connected:
+            prefix = tuple(range(100, 160))
+            await connected.score(Given(tokens=(*prefix, 5, 6), start=60), "r-1")
+            return (await connected.score(Given(tokens=(*prefix, 7, 8), start=60), "r-2")).cached
+
+    assert within(60, ask()) == 59, "all but the token whose logits score the first one"
+
+
+def test_an_aborted_response_comes_back_with_what_was_written(url: str) -> None:
+    async def ask() -> None:
+        async with client(url, stop_ids=(2,)) as connected:
+            for number, pause in enumerate((0.3, 0.6, 1.2)):
+                task = asyncio.create_task(connected.generate(one_request(500), f"long-{number}"))
+                await asyncio.sleep(pause)
+                await connected.abort(f"long-{number}")
+                done = await task
+                if done.stop is Stop.ABORTED and done.tokens:
+                    break
+            assert done.stop is Stop.ABORTED
+            assert 0 < len(done.tokens) == len(done.logprobs) == len(done.versions) < 500
+            await connected.abort("nobody")
+
+    within(60, ask())
+
+
+def test_a_request_that_takes_too_long_is_aborted_on_the_server(url: str) -> None:
+    async def ask() -> None:
+        async with client(url) as patient, client(url, limits=Limits(request_seconds=0.05)) as hasty:
+            await hasty.info()
+            with pytest.raises(RequestTimedOut, match=r"request slow: no answer within 0.05 s; it was aborted"):
+                await hasty.generate(one_request(500), "slow")
+            await _idle(patient)
+
+    within(60, ask())
+
+
+def test_a_cancelled_call_leaves_nothing_running(url: str) -> None:
+    async def ask() -> None:
+        async with client(url) as watching:
+            async with Fleet([client(url)]) as fleet:
+                fleet.announce(1)
+                task = asyncio.create_task(fleet.generate_all(requests(20, 490)))
+                await asyncio.sleep(0.5)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await _idle(watching)
+
+    within(60, ask())
+
+
+async def _idle(connected: Client) -> None:
+    """The server has nothing to do, sooner than it takes to see by itself that a client is gone."""
+    for _ in range(30):
+        loads = (await connected.call("GET", "/v1/loads"))["loads"][0]
+        if loads["num_running_reqs"] + loads["num_waiting_reqs"] == 0:
+            return
+        await asyncio.sleep(0.1)
+    pytest.fail(f"still busy: {loads}")
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_tokens_know_their_weights_when_these_change_underway(url: str, mode: Any) -> None:
+    async def ask() -> list[Completion]:
+        async with client(url) as connected, Fleet([client(url)]) as fleet:
+            fleet.announce(1)
+            task = asyncio.create_task(fleet.generate_all(requests(8, 490)))
+            await asyncio.sleep(0.5)
+            await connected.pause(mode)
+            fleet.expect(2)
+            await connected.set_version("updating")  # while they are half in, weights have no number
+            await connected.set_version("2")
+            await connected.resume()
+            fleet.announce(2)
+            return await task
+
+    mixed = [one for one in within(120, ask()) if set(one.versions) == {1, 2}]
+    assert mixed, "some response was under way"
+    for one in mixed:
+        assert list(one.versions) == sorted(one.versions)
+        assert one.version == 1
+
+
+def test_answers_by_other_weights_are_never_used(url: str) -> None:
+    lost: list[str] = []
+
+    async def ask() -> None:
+        async with (
+            client(url) as connected,
+            Fleet([client(url)], on_lost=lambda url, why: lost.append(str(why))) as fleet,
+        ):
+            fleet.announce(1)
+            await fleet.generate_all(requests(2, 3))
+            for version, told in (("7", "version 7"), ("updating", "no number of optimizer steps")):
+                await connected.set_version(version)
+                task = asyncio.create_task(fleet.generate_all(requests(2, 3)))
+                while fleet.serving:
+                    await asyncio.sleep(0.01)
+                assert told in lost[-1]
+                await connected.set_version("1")
+                fleet.admit(url)
+                assert {one.version for one in await task} == {1}
+            fleet.announce(8)
+            task = asyncio.create_task(fleet.generate_all(requests(2, 3)))
+            while fleet.serving:
+                await asyncio.sleep(0.01)
+            assert "version 1" in lost[-1], "the server missed an update"
+            await connected.set_version("8")
+            fleet.admit(url)
+            assert {one.version for one in await task} == {8}
+
+    within(60, ask())
+
+
+def test_an_end_that_the_run_does_not_know_is_said(url: str) -> None:
+    async def ask() -> None:
+        async with Fleet([client(url, stop_ids=())]) as fleet:
+            fleet.announce(1)
+            with pytest.raises(BadAnswer, match=r"ended at id 2.*generation_config\.json"):
+                await fleet.generate_all(requests(40, 200))
+            assert fleet.serving
+
+    within(60, ask())
+
+
+def test_requests_of_a_server_that_dies_are_answered_by_another_once(url: str) -> None:
+    asked, times = requests(30, 40), Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with relayed(url) as (fleet, one, other, lost):
+            task = asyncio.create_task(fleet.generate_all(asked, lambda index, _: times.update([index])))
+            while one.requests < 4:
+                await asyncio.sleep(0.01)
+            one.die()
+            done = await task
+            assert [url for url, _ in lost] == [one.url]
+            assert isinstance(lost[0][1], ServerLost)
+            assert fleet.redone > 0
+            assert other.requests > 20
+            return done
+
+    check_once(within(120, ask()), times, asked)
+
+
+def test_answers_that_are_cut_are_asked_for_again(url: str) -> None:
+    asked, times = requests(30, 60), Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with relayed(url) as (fleet, one, _, lost):
+            await fleet.clients[0].info()
+            one.cut_after = 1500
+            done = await fleet.generate_all(asked, lambda index, _: times.update([index]))
+            assert [url for url, _ in lost] == [one.url]
+            assert "cut short" in str(lost[0][1])
+            return done
+
+    check_once(within(120, ask()), times, asked)
+
+
+def test_requests_of_a_server_that_is_withdrawn_are_answered_by_another_once(url: str) -> None:
+    asked, times = requests(30, 40), Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with relayed(url) as (fleet, one, _, _lost):
+            await fleet.clients[0].info()
+            one.mute = True
+            task = asyncio.create_task(fleet.generate_all(asked, lambda index, _: times.update([index])))
+            while len(times) < 10:
+                await asyncio.sleep(0.01)
+            fleet.withdraw(one.url, ServerLost("it hangs", server=one.url))
+            done = await task
+            one.mute = False  # the answers that were held back arrive now, and count no more
+            await asyncio.sleep(0.1)
+            return done
+
+    check_once(within(120, ask()), times, asked)
+
+
+def test_a_call_waits_for_a_server_to_come_back(url: str) -> None:
+    asked, times = requests(20, 30), Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with relayed(url) as (fleet, one, other, lost):
+            one.die()
+            other.die()
+            task = asyncio.create_task(fleet.generate_all(asked, lambda index, _: times.update([index])))
+            while fleet.serving:
+                await asyncio.sleep(0.01)
+            assert {url for url, _ in lost} == {one.url, other.url} == set(fleet.lost)
+            assert not task.done()
+            one.dead = False
+            fleet.admit(one.url)
+            return await task
+
+    check_once(within(120, ask()), times, asked)
+
+
+def test_a_request_that_no_server_survives_is_given_up(url: str) -> None:
+    async def ask() -> None:
+        async with relayed(url) as (fleet, one, other, lost):
+            for each in fleet.clients:
+                await each.info()
+            one.cut_after = other.cut_after = 100
+            task = asyncio.create_task(fleet.generate_all(requests(1, 30)))
+            while not task.done():
+                for address in fleet.lost:
+                    fleet.admit(address)
+                await asyncio.sleep(0.01)
+            with pytest.raises(ServerLost, match="hung up before it answered"):
+                await task
+            assert len(lost) == 5
+
+    within(60, ask())
+
+
+def test_no_server_gets_more_than_its_share(url: str) -> None:
+    async def ask() -> None:
+        most = 0
+
+        async with relayed(url, in_flight=3) as (fleet, one, other, _):
+
+            def look(index: int, completion: Completion) -> None:
+                nonlocal most
+                most = max(most, *(len(server.busy) for server in fleet._servers.values()))
+
+            await fleet.generate_all(requests(40, 12), look)
+            assert most == 3
+            assert abs(one.requests - other.requests) < 20, "work was spread"
+
+    within(120, ask())
+
+
+def test_aborting_all_ends_a_call_with_what_there_is(url: str) -> None:
+    times = Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with relayed(url, in_flight=10) as (fleet, _, _, _):
+            task = asyncio.create_task(fleet.generate_all(requests(60, 490), lambda index, _: times.update([index])))
+            await asyncio.sleep(0.7)
+            await fleet.abort_all()
+            done = await task
+            assert (await fleet.generate_all(requests(2, 5)))[0].tokens, "the next call is not aborted"
+            return done
+
+    done = within(120, ask())
+    assert times == Counter(range(60))
+    assert any(one.stop is Stop.ABORTED and one.tokens for one in done)
+    assert any(one.stop is Stop.ABORTED and not one.tokens for one in done), "what was never sent"
+
+
+def test_an_abort_by_somebody_else_costs_nothing_but_time(url: str) -> None:
+    asked, times = requests(8, 300), Counter[int]()
+
+    async def ask() -> list[Completion]:
+        async with client(url) as stranger, Fleet([client(url)]) as fleet:
+            fleet.announce(1)
+            task = asyncio.create_task(fleet.generate_all(asked, lambda index, _: times.update([index])))
+            await asyncio.sleep(0.4)
+            await stranger.abort_all()
+            done = await task
+            assert fleet.redone > 0
+            return done
+
+    check_once(within(120, ask()), times, asked)
+
+
+def test_a_refusal_by_the_server_is_told_in_its_words(url: str) -> None:
+    async def ask() -> None:
+        async with client(url) as connected:
+            with pytest.raises(RequestRefused, match="HTTP 400"):
+                await connected.update_disk("/nonexistent/folder")
+            with pytest.raises(RequestRefused, match="HTTP 404"):
+                await connected.call("POST", "/no_such_route", {})
+            assert await connected.begin_update()
+            with pytest.raises((RequestRefused, ServerFailed)):
+                await connected.begin_update()
+            assert await connected.end_update()
+
+    within(60, ask())
