@@ -21,16 +21,17 @@ from megatron_distill.models.hf.mapping import rules
 from megatron_distill.models.hf.stage import check_folder
 from megatron_distill.models.network import Network
 from megatron_distill.models.spec import ModelSpec
+from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import HoldsWeights, WholeWeights
 from megatron_distill.rollout.engines.base import EnginePart, Serving
 from megatron_distill.rollout.engines.embedded import Embedded
 from megatron_distill.rollout.sample import Tools
 from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.runtime.backend import choose
-from megatron_distill.runtime.mesh import Ranks
+from megatron_distill.runtime.mesh import Mesh, Ranks
 from megatron_distill.runtime.start import start, start_ranks
 from megatron_distill.train.metrics import jsonable
-from megatron_distill.train.preflight import check_evaluation, check_vocabulary
+from megatron_distill.train.preflight import check_engine, check_evaluation, check_vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ def check_evaluable(run: RunConfig, checkpoint: Path | None = None) -> list[str]
         check_model(checkpoint, spec)
     # only the student answers, whatever teachers the config names
     alone = replace(run, teachers={})
-    return [*check_vocabulary(alone), *check_evaluation(alone)]
+    return [*check_vocabulary(alone), *check_engine(alone), *check_evaluation(alone)]
 
 
 def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Path | None = None) -> Report | None:
@@ -81,7 +82,14 @@ def evaluate_model(run: RunConfig, checkpoint: Path | None = None, responses: Pa
         tokenizer = load_tokenizer(folder, run.student.trust_remote_code)
         prompts = load_prompts(run.eval.data, tokenizer)
         valid = None if checkpoint is None else read_state(checkpoint).get("valid_vocab")
-        serving = Serving(folder=folder, tokenizer=tokenizer, ranks=ranks, valid_vocab=valid, device=choose().device)
+        serving = Serving(
+            folder=folder,
+            tokenizer=tokenizer,
+            ranks=ranks,
+            mesh=ranks if isinstance(ranks, Mesh) else None,
+            valid_vocab=valid,
+            device=choose().device,
+        )
         with closing(engine_part(run).connect(serving)) as engine, closing(run.reward.connect()) as judge:
             engine.load_weights(model, version=0)
             tools = Tools(engine=engine, judge=judge, tokenizer=tokenizer, ranks=ranks)
@@ -106,9 +114,10 @@ def _weights(run: RunConfig, checkpoint: Path | None) -> Iterator[tuple[Ranks, H
         # a folder may hold more, such as the rotary frequencies of old Llama models
         names = [name for rule in rules(spec) if rule.exported for name in rule.hf]
         with start_ranks() as ranks:
-            yield ranks, WholeWeights(lambda: ((name, reader.read(name)) for name in names))
+            yield ranks, WholeWeights(lambda: ((name, reader.read(name)) for name in names), folder=run.student.model)
     else:
         with start(run.parallel, run.precision, run.train.seed) as runtime:
             network = Network.empty(spec, runtime)
             load_weights(checkpoint, network)
-            yield runtime.mesh, network
+            # nobody trains it, and engines push weights of students
+            yield runtime.mesh, Student(network=network, optimizer=None, lr_schedule=None, chunk_rows=1024)
