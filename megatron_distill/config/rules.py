@@ -159,6 +159,18 @@ def teachers_know_more_than_the_student(run: RunConfig) -> str | None:
     )
 
 
+def teachers_have_servers_of_their_own(run: RunConfig) -> str | None:
+    """Those that write rollouts take the student's weights after every step."""
+    writers = set(getattr(getattr(run.rollout, "engine", None), "urls", ()))
+    for name, teacher in run.teachers.items():
+        if both := writers & set(getattr(teacher, "urls", ())):
+            return (
+                f"teachers.{name}.urls: {min(both)} is one of rollout.engine.urls, which are given the student's "
+                "weights: name servers of its own"
+            )
+    return None
+
+
 def objective_needs_a_reward(run: RunConfig) -> str | None:
     if run.objective.needs.reward and kind_of(run.reward) == "none":
         return f"reward.kind=none gives no reward, {_objective(run)} learns from one: set reward.kind=math or exact"
@@ -345,6 +357,7 @@ RULES: tuple[Callable[[RunConfig], str | None], ...] = (
     teachers_have_the_names_that_the_objective_uses,
     teachers_are_shown_what_there_is,
     teachers_know_more_than_the_student,
+    teachers_have_servers_of_their_own,
     objective_needs_a_reward,
     rollouts_are_chosen_by_a_reward,
     objective_reads_log_probs_of_rollouts,

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlsplit
 
 import torch
 
@@ -21,7 +22,7 @@ from megatron_distill.errors import EngineError, EngineStopped
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import Given
-from megatron_distill.rollout.servers import ServerSettings, read_api_key
+from megatron_distill.rollout.server_settings import ServerSettings, is_loopback, read_api_key, server_python
 from megatron_distill.rollout.sglang import Address, Scores
 from megatron_distill.runtime.mesh import Mesh
 from megatron_distill.teachers._scores import Where, leads, shared, where
@@ -79,9 +80,24 @@ class RemotePart(TeacherPart):
             )
         for url in self.urls:
             try:
-                Address(url)
+                host = urlsplit(Address(url).url).hostname or ""
             except ValueError as error:
                 raise ValueError(f"urls: {error}") from error
+            if self.servers.api_key_file is None and not is_loopback(host):
+                raise ValueError(
+                    f"urls: {url} is reached over a network: start it with a key, and name the file with the key in "
+                    "servers.api_key_file"
+                )
+
+    def check(self) -> None:
+        """Whatever can be known of servers before a run starts.
+
+        Raises:
+            EngineError: the key cannot be read, or there is nothing to run servers with.
+        """
+        read_api_key(self.servers.api_key_file)
+        if not self.urls:
+            server_python(self.servers.python)
 
     @property
     def provides(self) -> Fidelity:

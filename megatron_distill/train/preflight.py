@@ -25,6 +25,7 @@ from megatron_distill.rollout.sources.pairs import Pairs, check_pair_lengths, ch
 from megatron_distill.rollout.sources.prefix import Prefix, check_beginnings
 from megatron_distill.rollout.sources.replay import Replay, Traces
 from megatron_distill.teachers._views import check_hints
+from megatron_distill.teachers.remote import RemotePart
 from megatron_distill.train.resume import check_checkpoint, steps_done
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ def check_engine(run: RunConfig) -> list[str]:
         read_api_key(engine.servers.api_key_file)
         if not engine.urls:
             server_python(engine.servers.python)
+    for teacher in run.teachers.values():
+        if isinstance(teacher, RemotePart):
+            teacher.check()
     return []
 
 

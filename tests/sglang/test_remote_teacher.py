@@ -48,6 +48,8 @@ RESPONSES = ("four", "it is 17", "so: 5\n", "", "2+2 is 4", "no idea at all", "a
 PADDING = 21
 """Rows of the teacher's output that stand for no id of the run."""
 V = BYTE_VOCAB_SIZE
+TIMEOUT = 600
+"""Seconds for one question to the workers; a server's start is among them."""
 LAYOUTS = {
     "tp=2": ParallelSizes(tp=2),
     "pp=2": ParallelSizes(pp=2),
@@ -86,8 +88,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(root: Path) -> Iterator[str]:
-    with ServerGroup(ServerSettings(), root / "teacher", "cpu", name="teacher", logs=root / "logs") as group:
+def server(root: Path, server_python: Path) -> Iterator[str]:
+    with ServerGroup(
+        ServerSettings(python=server_python), root / "teacher", "cpu", name="teacher", logs=root / "logs"
+    ) as group:
         yield group.urls[0]
 
 
@@ -201,7 +205,7 @@ def test_it_teaches_what_the_same_model_beside_the_student_teaches(
 ) -> None:
     sizes = LAYOUTS[layout]
     views = tuple(VIEWS) if layout == "tp=2" else ("same",)
-    for found in worlds(sizes.world).run(compare, root, server, sizes, views, init=False):
+    for found in worlds(sizes.world).run(compare, root, server, sizes, views, init=False, timeout=TIMEOUT):
         for name, (loss, gradient) in found.items():
             print(f"{layout}: {name}: loss {loss:.1e}, gradient {gradient:.1e}")
             assert loss <= 1e-4, name
@@ -237,7 +241,7 @@ def hear(root: Path, url: str) -> dict[str, Any]:
 def test_all_ids_are_the_whole_distribution_without_those_that_only_the_teacher_has(
     worlds: Worlds, root: Path, server: str
 ) -> None:
-    (heard,) = worlds(1).run(hear, root, server, init=False)
+    (heard,) = worlds(1).run(hear, root, server, init=False, timeout=TIMEOUT)
     assert heard["longest"] == 512 - 6
     assert max(abs(total - 1) for total in heard["sum"]) < 1e-5
     assert heard["ids"] == set(range(V))
@@ -281,7 +285,7 @@ def name_weights(url: str, version: str) -> None:
 
 
 def test_servers_of_another_model_are_refused(worlds: Worlds, root: Path, server: str) -> None:
-    ((path, family, version),) = worlds(1).run(refuse, root, server, init=False)
+    ((path, family, version),) = worlds(1).run(refuse, root, server, init=False, timeout=TIMEOUT)
     assert f"{server}: serves {root / 'teacher'}, the teacher is {root / 'student'}" in path
     assert f"{server}: serves a ['LlamaForCausalLM']" in family
     assert "answered as '7': all servers of a teacher must hold one model" in version
@@ -389,7 +393,7 @@ def survive(root: Path, url: str) -> dict[str, Any]:
 
 
 def test_work_of_servers_that_hang_or_die_is_done_all_the_same(worlds: Worlds, root: Path, server: str) -> None:
-    first, last = worlds(2).run(survive, root, server, init=False)
+    first, last = worlds(2).run(survive, root, server, init=False, timeout=TIMEOUT)
     assert first["told"] == [[]] * 5
     assert last["told"][0]
     for told in last["told"]:
@@ -400,9 +404,9 @@ def test_work_of_servers_that_hang_or_die_is_done_all_the_same(worlds: Worlds, r
         assert "servers were lost 3 times, most_restarts=2" in seen["message"]
 
 
-def outlive(root: Path) -> dict[str, Any]:
+def outlive(root: Path, python: Path) -> dict[str, Any]:
     with here(root, ParallelSizes()) as world:
-        remote = world.remote("", top_k=4, most_restarts=1)
+        remote = world.remote("", top_k=4, most_restarts=1, servers=ServerSettings(python=python))
         assert remote.servers is not None
         (process,) = remote.servers.group.processes  # type: ignore[attr-defined]
         try:
@@ -425,8 +429,8 @@ def outlive(root: Path) -> dict[str, Any]:
         }
 
 
-def test_a_server_of_the_runs_own_is_started_again_and_ended(worlds: Worlds, root: Path) -> None:
-    (seen,) = worlds(1).run(outlive, root, init=False)
+def test_a_server_of_the_runs_own_is_started_again_and_ended(worlds: Worlds, root: Path, server_python: Path) -> None:
+    (seen,) = worlds(1).run(outlive, root, server_python, init=False, timeout=TIMEOUT)
     assert seen["error"] <= 1e-5
     assert seen["another"]
     assert not seen["alive"]

@@ -40,6 +40,10 @@ REMOTE = "teachers.big={kind: remote, model: %s, urls: [http://127.0.0.1:1]}"
             "teachers.big.kind=remote with these settings gives the likeliest ids, objective.kind=eopd asks for "
             "the whole distribution: set objective.entropy_of=top_k",
         ),
+        (
+            ["rollout.engine={kind: sglang, urls: [http://127.0.0.1:1]}"],
+            "teachers.big.urls: http://127.0.0.1:1 is one of rollout.engine.urls, which are given the",
+        ),
         (["teachers.big.top_k=260"], "teachers.big.top_k=260: more than the 259 ids that all models have: set it to"),
         (
             ["objective.temperature=0.7", "rollout.sampling.temperature=0.7"],

@@ -68,6 +68,8 @@ def test_what_it_gives_follows_from_top_k():
         ({"in_flight": 0}, "in_flight=0: must be 1 or more"),
         ({"request_seconds": 0.0}, "request_seconds=0.0: must be above 0"),
         ({"urls": ("127.0.0.1:30000",)}, "urls: url='127.0.0.1:30000': must look like http://host:port"),
+        ({"urls": ("http://10.0.0.1:30000",)}, "urls: http://10.0.0.1:30000 is reached over a network: start it with"),
+        ({"silent_seconds": -1.0}, "silent_seconds=-1.0: must be above 0"),
         ({"served_as": "x"}, "served_as=x: the run starts the servers itself; leave it null, or set urls"),
     ],
 )
