@@ -69,7 +69,7 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(server_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that knows ten answers, and a student that knows how one looks."""
     root = tmp_path_factory.mktemp("served_run")
     rows = [{"question": f"say {n}", "answer": f"#### {n}"} for n in range(10)]
