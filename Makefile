@@ -25,8 +25,8 @@ help:  ## show this list
 setup:  ## make .venv, or do nothing when it is up to date
 	@sh tools/setup.sh
 
-quickstart: setup  ## distil a tiny model on two processes, about 5 minutes
-	@$(python) -m tools.quickstart.run
+quickstart: setup $(if $(filter sglang,$(ENGINE)),sglang)  ## distil a tiny model on two processes, about 5 minutes; ENGINE=sglang: with two servers
+	@$(python) -m tools.quickstart.run $(if $(ENGINE),--engine $(ENGINE))
 
 check: setup  ## lint, formatting, types
 	@$(python) -m ruff check .
