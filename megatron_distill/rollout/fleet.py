@@ -24,6 +24,8 @@ from megatron_distill.types import Stop
 
 ATTEMPTS = 5
 """How often one request is sent at most: one that kills every server that takes it must not do so for ever."""
+FIRST_PAUSE = 0.2
+"""Seconds before asking again a server that lives but failed; each further pause is twice as long."""
 ABORT_AGAIN = 0.5
 """Seconds until those that an abort missed are aborted again."""
 
@@ -220,7 +222,7 @@ class Fleet:
     ) -> Answer:
         """One answer; only what can succeed is sent again, and nothing once `_stops` is no longer `stops`."""
         for attempt in itertools.count(1):
-            server = await self._place(stops)
+            server, pause = await self._place(stops), 0.0
             task: asyncio.Task[Answer] = asyncio.create_task(send(server.client, self._rid()))
             server.busy.add(task)
             try:
@@ -229,7 +231,7 @@ class Fleet:
                 self.withdraw(server.client.url, error)
                 failure: EngineError = error
             except (ServerFailed, RequestTimedOut) as error:
-                failure = error
+                failure, pause = error, FIRST_PAUSE * 2 ** (attempt - 1)
             except asyncio.CancelledError:
                 if not self._took_back(server, task):
                     raise
@@ -240,6 +242,7 @@ class Fleet:
                 self._wake(1)
             if attempt == ATTEMPTS:
                 raise failure
+            await asyncio.sleep(pause)
             self.redone += 1
         raise AssertionError("counting never ends")
 

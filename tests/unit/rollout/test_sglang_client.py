@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import pickle
 from collections.abc import Coroutine
 from typing import Any
@@ -200,3 +201,23 @@ def test_a_server_that_refuses_is_asked_once() -> None:
 
     within(5, ask())
     assert asked == 1
+
+
+def test_a_server_that_keeps_failing_is_asked_a_few_times_with_growing_pauses() -> None:
+    asked: list[float] = []
+
+    async def fail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(asyncio.get_running_loop().time())
+        await saying(http("503 Service Unavailable", b'{"message": "the queue is full"}'))(reader, writer)
+
+    async def ask() -> None:
+        async with listening(fail) as url, Fleet([Client(Address(url))]) as fleet:
+            with pytest.raises(ServerFailed, match="the queue is full"):
+                await fleet.generate_all([ASKED])
+            assert fleet.serving == [url]
+            assert fleet.redone == 4
+
+    within(10, ask())
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert len(pauses) == 4
+    assert all(pause >= 0.19 * 2**number for number, pause in enumerate(pauses))
