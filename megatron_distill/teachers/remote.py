@@ -133,10 +133,10 @@ class RemotePart(TeacherPart):
 
         try:
             urls, introduced = on_first_rank(runtime.mesh, find)
-        except EngineError:
+        except EngineError as error:
             for one in servers:
                 one.close()
-            raise
+            raise EngineError(f"teacher {self.model}: {error}") from error
         return RemoteTeacher(
             part=self,
             mesh=runtime.mesh,
@@ -235,9 +235,9 @@ class RemoteTeacher:
         self.deaths += len(lost) if not self.part.urls else int(not complete)
         if self.deaths > self.part.most_restarts:
             raise EngineStopped(
-                f"teacher {self.part.model}: servers were lost {self.deaths} times, most_restarts="
-                f"{self.part.most_restarts}, the last: {', '.join(lost)}; see their logs: too little memory for the "
-                "prompts in flight (lower in_flight or servers.max_total_tokens) is the usual reason"
+                f"teacher {self.part.model}: lost {' and '.join(lost)}, which makes {self.deaths} losses, "
+                f"most_restarts={self.part.most_restarts} allows no more; see the logs of the servers. Too little memory "
+                "for the prompts in flight is the usual reason: lower in_flight or servers.max_total_tokens"
             )
 
         def revive() -> None:

@@ -401,7 +401,7 @@ def test_work_of_servers_that_hang_or_die_is_done_all_the_same(worlds: Worlds, r
             torch.testing.assert_close(torch.tensor(micro), torch.tensor(expected), rtol=0, atol=1e-5)
     for seen in (first, last):
         assert seen["deaths"] == [0, 1, 2]
-        assert "servers were lost 3 times, most_restarts=2" in seen["message"]
+        assert "which makes 3 losses, most_restarts=2 allows no more" in seen["message"]
 
 
 def outlive(root: Path, python: Path) -> dict[str, Any]:
@@ -434,4 +434,4 @@ def test_a_server_of_the_runs_own_is_started_again_and_ended(worlds: Worlds, roo
     assert seen["error"] <= 1e-5
     assert seen["another"]
     assert not seen["alive"]
-    assert "servers were lost 2 times, most_restarts=1" in seen["message"]
+    assert "which makes 2 losses, most_restarts=1 allows no more" in seen["message"]
