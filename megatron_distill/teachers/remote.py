@@ -236,8 +236,8 @@ class RemoteTeacher:
         if self.deaths > self.part.most_restarts:
             raise EngineStopped(
                 f"teacher {self.part.model}: lost {' and '.join(lost)}, which makes {self.deaths} losses, "
-                f"most_restarts={self.part.most_restarts} allows no more; see the logs of the servers. Too little memory "
-                "for the prompts in flight is the usual reason: lower in_flight or servers.max_total_tokens"
+                f"most_restarts={self.part.most_restarts} allows no more; see the servers' logs. Too little memory for "
+                "the prompts in flight is the usual reason: lower in_flight or servers.max_total_tokens"
             )
 
         def revive() -> None:
