@@ -70,6 +70,8 @@ def train(run: RunConfig) -> None:
             for step in range(progress.step, steps):
                 with metrics.step(step + 1) as clock:
                     metrics.add(*one_step(run, parts, progress, clock))
+                    with clock("sync"):
+                        parts.source.publish(parts.student, progress.step)
                 if parts.held_out is not None and parts.held_out.section.due(step + 1):
                     metrics.write(step + 1, *parts.held_out.ask(parts.student, step + 1))
                 if run.checkpoint.due(step + 1) or step + 1 == steps:
@@ -97,10 +99,8 @@ def one_step(run: RunConfig, parts: Parts, progress: Progress, clock: Clock) -> 
         report = student.step(batch, loss, skip_nonfinite=run.train.on_nonfinite == "skip")
     for teacher in parts.teachers.values():
         teacher.after_step(student, step + 1)
-    # the step is done, whatever becomes of the engine now
+    # the step is done, whatever becomes of the engine when it is given the weights
     progress.step, progress.source = step + 1, parts.source.state()
-    with clock("sync"):
-        parts.source.publish(student, step + 1)
     memory = runtime.backend.peak_memory()
     return [
         *describe_rollouts(scored, step),

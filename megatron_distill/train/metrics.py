@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from megatron_distill.config import MetricsSection
+from megatron_distill.errors import EngineStopped
 from megatron_distill.files import write_atomically
 from megatron_distill.types import Metric
 
@@ -73,8 +74,17 @@ class Metrics:
         """
         self._pool, self._seconds = {}, {}
         begin = time.perf_counter()
-        yield self._clock
-        self._seconds["step"] = time.perf_counter() - begin
+        try:
+            yield self._clock
+        except EngineStopped:
+            # numbers are there once the update is done: it is kept, and only its weights did not reach the engine
+            if self._pool:
+                self._end_step(number, time.perf_counter() - begin)
+            raise
+        self._end_step(number, time.perf_counter() - begin)
+
+    def _end_step(self, number: int, seconds: float) -> None:
+        self._seconds["step"] = seconds
         values = {name: metric.value for name, metric in self._pool.items()}
         if "batch/tokens" in values:
             values["perf/tokens_per_s"] = values["batch/tokens"] / self._seconds["step"]

@@ -9,6 +9,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_distill.config import MetricsSection
+from megatron_distill.errors import EngineStopped
 from megatron_distill.train.environment import write_environment
 from megatron_distill.train.metrics import Metrics, comparable, cut
 from megatron_distill.train.progress import progress
@@ -123,6 +124,19 @@ def test_a_terminal_gets_one_live_line():
     sink.close()
     assert "1/5" in out.getvalue()
     assert "reward 0.250" in out.getvalue()
+
+
+def test_a_step_whose_weights_do_not_reach_the_engine_is_told(tmp_path):
+    metrics = Metrics.open(tmp_path, QUIET, rank=0, done=0, steps=9)
+
+    def step():
+        with metrics.step(1):
+            metrics.add(Metric("loss/total", 1.0))
+            raise EngineStopped("all servers are gone")
+
+    with metrics, pytest.raises(EngineStopped):
+        step()
+    assert [line["loss/total"] for line in lines(tmp_path)] == [1.0]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
