@@ -1,4 +1,4 @@
-"""tools/setup.sh on small imitations of bare machines: uv is a script that writes down what it was asked."""
+"""The set-up scripts on small imitations of bare machines: uv is a script that writes down what it was asked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ echo "$@" >> "$UV_CALLS"
 case "$*" in
     *--help*) echo "--require-hashes" ;;
     "python find"*) exit 1 ;;
-    venv*) mkdir -p .venv/bin && ln -s "$4" .venv/bin/python ;;
+    venv*) mkdir -p "$5/bin" && ln -s "$(realpath "$4")" "$5/bin/python" ;;
 esac
 """
 REFUSING_SHIM = "#!/bin/sh\necho 'pyenv: python3.12: command not found' >&2\nexit 127\n"
@@ -33,11 +33,11 @@ class Machine:
     programs: Path
     home: Path
 
-    def setup(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        """One call of tools/setup.sh."""
+    def setup(self, script: str = "setup.sh", **environment: str) -> subprocess.CompletedProcess[str]:
+        """One call of a script of tools/."""
         path = f"{self.programs}:/usr/bin:/bin"
         return subprocess.run(
-            ["sh", "tools/setup.sh"],
+            ["sh", f"tools/{script}"],
             cwd=self.project,
             env={"PATH": path, "HOME": str(self.home), "UV_CALLS": str(self.home / "calls"), **environment},
             capture_output=True,
@@ -62,8 +62,9 @@ def program(path: Path, text: str) -> None:
 def machine(tmp_path: Path) -> Machine:
     project = tmp_path / "a clone"
     (project / "tools").mkdir(parents=True)
-    for script in ("setup.sh", "setup_parts.sh"):
+    for script in ("setup.sh", "setup_parts.sh", "setup_sglang.sh"):
         shutil.copy(PROJECT / "tools" / script, project / "tools")
+    shutil.copytree(PROJECT / "tools/sglang_cpu", project / "tools/sglang_cpu")
     shutil.copytree(PROJECT / "requirements", project / "requirements")
     shutil.copy(PROJECT / "pyproject.toml", project)
     programs, home = tmp_path / "bin", tmp_path / "home"
@@ -126,6 +127,54 @@ def test_named_python_that_does_not_fit_is_refused_by_name(machine: Machine) -> 
 
     assert done.returncode != 0
     assert f"PYTHON={machine.programs / 'python3'}" in done.stderr
+
+
+WORKING = "#!/bin/sh\nexit 0\n"
+
+
+def test_servers_environment_is_made_beside_the_trainers_and_once(machine: Machine) -> None:
+    program(machine.project / ".venv/bin/python", WORKING)
+
+    first = machine.setup("setup_sglang.sh")
+
+    assert first.returncode == 0, first.stderr
+    asked = machine.calls()
+    assert asked[0] == "venv --quiet --python .venv/bin/python .venv-sglang"
+    assert asked[1] == "pip sync --python .venv-sglang/bin/python --require-hashes requirements/sglang.txt"
+    assert asked[2].endswith("--no-deps --no-build-isolation --editable tools/sglang_cpu")
+    again = machine.setup("setup_sglang.sh")
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert machine.calls() == asked
+
+
+def test_servers_environment_that_cannot_import_the_server_is_not_finished(machine: Machine) -> None:
+    broken = '#!/bin/sh\ncase "$*" in *launch_server*) echo "libcuda is from the moon" >&2; exit 1 ;; esac\n'
+    program(machine.project / ".venv/bin/python", broken)
+
+    for _ in range(2):
+        done = machine.setup("setup_sglang.sh")
+        assert done.returncode != 0
+        assert "libcuda is from the moon" in done.stderr
+
+
+def test_servers_environment_asks_for_the_trainers_first(machine: Machine) -> None:
+    done = machine.setup("setup_sglang.sh")
+
+    assert done.returncode != 0
+    assert "make setup" in done.stderr
+
+
+def test_tests_with_the_real_server_are_left_out_in_one_line_that_says_how_to_run_them() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "not sglang", "tests/sglang/test_servers.py"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if "left out" in line]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert re.fullmatch(r"\d+ tests with the real SGLang server were left out: make (sglang|served) .*", lines[0])
 
 
 def test_requirement_files_are_hashed_and_name_no_index() -> None:
