@@ -206,8 +206,9 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
             return list(range(first, first + count))
         found: list[int] = []
         # Below those that the system gives to outgoing connections: a server that is started anew must get its
-        # address back, and until then nobody may have been given it by chance.
-        for port in random.sample(range(20000, _first_of_outgoing()), k=1000):
+        # address back, and until then nobody may have been given it by chance. And above 22000 to 29999, from which
+        # SGLang chooses its own.
+        for port in random.sample(range(30000, _first_of_outgoing()), k=500):
             with suppress(EngineError):
                 held.enter_context(bound(host, port))
                 found.append(port)
@@ -219,7 +220,7 @@ def choose_ports(host: str, first: int, count: int) -> list[int]:
 def _first_of_outgoing() -> int:
     with suppress(OSError, ValueError):
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
-        if first > 22000:
+        if first >= 30500:
             return first
     return 32768
 

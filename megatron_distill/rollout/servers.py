@@ -38,8 +38,8 @@ __all__ = ["Device", "ServerGroup", "ServerProcess", "ServerSettings", "read_api
 
 POLL_SECONDS = 0.25
 PROBE_SECONDS = 5.0
-STOP_SECONDS = 10.0
-"""How long a server that was told to end may take, before it is killed."""
+FREED_SECONDS = 10.0
+"""How long the port of a server that was killed may take to be free."""
 LAST_LINES = 15
 
 
@@ -176,19 +176,13 @@ class ServerProcess:
         self._forget_secret()
         if self._process is None:
             return
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-        end = time.monotonic() + STOP_SECONDS
+        # Where its first process has ended, the keeper has ended the group, whose number may be another's by now.
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        end = time.monotonic() + FREED_SECONDS
         while self._taken() and time.monotonic() < end:
             time.sleep(0.02)
-
-    def stop(self) -> None:
-        """Ask it to end, and kill what is left of it after 10 s."""
-        self._signal(signal.SIGTERM)
-        if self._process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_SECONDS)
-        self.kill()
 
     def restart(self) -> None:
         """Kill what is left of it, start it anew at the same address, and wait until it answers.
@@ -199,11 +193,6 @@ class ServerProcess:
         self.kill()
         self.start()
         self.wait_ready()
-
-    def _signal(self, what: signal.Signals) -> None:
-        # Where its first process has ended, the keeper has ended the group, whose number may be another's by now.
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, what)
 
     def _taken(self) -> bool:
         try:
