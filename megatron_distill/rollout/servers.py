@@ -15,7 +15,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
