@@ -142,7 +142,7 @@ class WeightSync:
             if not self._crew.controls or servers is None:
                 return (), False
             self._check_addresses()
-            found = servers.ask(lambda client: client.info(), "before new weights")
+            found = servers.ask(lambda client: client.weights(), "before new weights")
             told = dict(zip(servers.urls, (one.weight_version for one in found), strict=True))
             fresh = any(self._holds.get(url) != told[url] for url in told)
             return tuple(one.tp_size for one in found), fresh

@@ -46,6 +46,7 @@ VOCAB_SIZE = 201
 """Divides by nothing, so that Megatron's padding must go and the server's own must not matter."""
 ROWS = ((5, 6, 7, 8, 9, 10, 11, 12), (200, 150, 100, 50, 3, 199, 4, 198, 31, 32, 33), tuple(range(3, 180)))
 TOLERANCE = 1e-4
+STOP_IDS = (2,)
 LAYOUTS = {"tp=2": ParallelSizes(tp=2, sequence_parallel=True), "pp=2": ParallelSizes(pp=2)}
 TRANSPORTS = ("broadcast", "tensor", "disk")
 
@@ -186,7 +187,7 @@ def push_under_requests(
         written: list[Completion] = []
 
         async def write() -> None:
-            async with Client(addresses[0]) as one, Client(addresses[1]) as two:
+            async with Client(addresses[0], stop_ids=STOP_IDS) as one, Client(addresses[1], stop_ids=STOP_IDS) as two:
                 sampling = Sampling(temperature=1.0, max_new_tokens=380)
                 requests = [Request(tokens=ROWS[0], sampling=sampling, key=(n,)) for n in range(4)]
                 written.extend(
@@ -221,10 +222,11 @@ def test_requests_under_way_go_on_with_the_new_weights(
     worst, written = by_rank[0]
     assert worst <= TOLERANCE
     assert len(written) == 8
-    assert {one.stop for one in written} == {Stop.LENGTH}
+    assert {one.stop for one in written} <= {Stop.LENGTH, Stop.EOS}  # none was aborted
     for one in written:
         assert one.versions == tuple(sorted(one.versions))
-        assert set(one.versions) == {0, 1}
+        assert set(one.versions) <= {0, 1}
+    assert any(set(one.versions) == {0, 1} for one in written)
 
 
 class Forgetful(Student):
@@ -235,8 +237,10 @@ class Forgetful(Student):
 
 
 def push_less_than_all(folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str]) -> SyncError:
-    with syncing(folder, sizes, settings, Forgetful) as (runtime, student, sync):
+    with syncing(folder, sizes, settings) as (runtime, student, sync):
+        sync.push(student, [Address(url) for url in urls], 0)
         learn(student, runtime, 1)
+        student = Forgetful(**{field.name: getattr(student, field.name) for field in fields(Student)})
         with pytest.raises(SyncError) as caught:
             sync.push(student, [Address(url) for url in urls], 7)
         return caught.value

@@ -25,8 +25,10 @@ from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
 from megatron_distill.rollout.transports.buckets import Bucket
 from megatron_distill.rollout.transports.crew import Crew
-from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
+from megatron_distill.rollout.transports.switchboard import GRACE_SECONDS, Asked, Switchboard
 
+_LATER = 2 * GRACE_SECONDS
+"""Servers may answer so much later than a step of the group may take: see `Broadcast.land`."""
 OWN_NAME = "auto"
 """As host: the name of the machine that the leader runs on."""
 
@@ -81,7 +83,7 @@ class Broadcast(Bucketed):
 
         async def announce(client: Client) -> None:
             await client.update_distributed(
-                names=names, dtypes=dtypes, shapes=shapes, group=group.name, timeout=self._seconds
+                names=names, dtypes=dtypes, shapes=shapes, group=group.name, timeout=self._seconds + _LATER
             )
 
         asked = servers.begin(announce)
@@ -94,8 +96,9 @@ class Broadcast(Bucketed):
 
     def land(self, asked: Asked[None], shipment: Shipment) -> None:
         # A server answers when it has received and loaded everything. One that is gone says so at once, before the
-        # group's own collectives notice (NCCL's would not).
-        if not asked.went_well():
+        # group's own collectives notice (NCCL's would not). One that hangs says nothing, and others may wait for it:
+        # when this side hangs up they answer, and it does not.
+        if not asked.went_well(self._seconds):
             self.forget()
             raise asked.failure(shipment.what)
         works, self._works = self._works, []
@@ -153,20 +156,18 @@ class WeightGroup:
                 world_size=world,
                 group=name,
                 backend=backend,
-                timeout=seconds,
+                timeout=seconds + _LATER,
             )
 
         asked = servers.begin(invite)
         joined = _in_thread(lambda: _join(store, name, world, backend, host, seconds))
-        wait([joined, *asked.futures.values()], return_when=FIRST_EXCEPTION)
-        if not joined.done() or any(future.done() and future.exception() for future in asked.futures.values()):
-            raise asked.failure("joining the weight group")
-        try:
-            group = joined.result()
-        except RuntimeError as error:
-            failure = asked.failure(f"joining the weight group ({_first_line(error)})")
-            raise failure from error
-        asked.answers("joining the weight group")
+        wait([joined, *asked.futures.values()], seconds + GRACE_SECONDS, return_when=FIRST_EXCEPTION)
+        what = "joining the weight group"
+        if not joined.done() or joined.exception() is not None:
+            del store  # servers that still wait for one that does not come see it go
+            raise asked.failure(what)
+        asked.answers(what)
+        group = joined.result()
         return WeightGroup(name, members, group, store)
 
     def broadcast(self, tensor: Tensor) -> Any:

@@ -98,10 +98,10 @@ class Asked[T]:
             raise self.failure(what)
         return [future.result() for future in self.futures.values()]
 
-    def went_well(self) -> bool:
-        """Wait until all have answered, or one has failed."""
-        done, _ = wait(self.futures.values(), return_when=FIRST_EXCEPTION)
-        return all(future.exception() is None for future in done)
+    def went_well(self, seconds: float | None = None) -> bool:
+        """Wait until all have answered, or one has failed, or so long: whether all have answered well."""
+        done, pending = wait(self.futures.values(), seconds, return_when=FIRST_EXCEPTION)
+        return not pending and all(future.exception() is None for future in done)
 
     def failure(self, what: str) -> SyncError:
         """What went wrong, once every server has had time to say how it is. Servers that keep silent count as lost."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,30 @@ def shared(room: int) -> Tensor:
             f"{SHARED}: {free / 2**20:.0f} MiB of shared memory are free, a bucket takes {room / 2**20:.0f}: make "
             "bucket_mb smaller, give the container more (--shm-size), or use transport=broadcast"
         )
-    with by_name():
+    with by_name(), _kept_from_children():
         return torch.empty(room, dtype=torch.uint8).share_memory_()
+
+
+@contextmanager
+def _kept_from_children() -> Iterator[None]:
+    """Within: processes that are started get none of this one's files.
+
+    Torch starts one that removes shared memory whose users have died. It lives as long as any server that has opened
+    some, and would keep our output open, and sockets to other ranks, which then never notice that we are gone.
+    """
+    ours = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one that lists them is gone
+            if os.get_inheritable(int(name)):
+                ours.append(int(name))
+    for file in ours:
+        os.set_inheritable(file, False)
+    try:
+        yield
+    finally:
+        for file in ours:
+            with suppress(OSError):
+                os.set_inheritable(file, True)
 
 
 @contextmanager
