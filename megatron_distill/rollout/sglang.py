@@ -115,12 +115,12 @@ class Client(Connection):
         """
         info = await self._known()
         self._check_ids(request.tokens, info, rid)
-        longest = info.context_length - request.sampling.max_new_tokens
-        self._check_length(len(request.tokens), min(longest, info.longest_prompt), info, rid)
+        longest = request.sampling.max_new_tokens
+        self._check_length(len(request.tokens), min(info.longest - longest, info.longest_prompt), info, rid)
         body = wire.generation(request, rid, self._stop_ids, self._forbidden(info))
         answer = await self._answer(body, rid)
         with self.reading("/generate", rid):
-            return wire.completion(answer, self._stop_ids)
+            return wire.completion(answer, self._stop_ids, longest)
 
     async def score(self, given: Given, rid: str, top_k: int = 0) -> Scores:
         """Log-probs of `given.tokens[given.start:]`, and the likeliest ids at each place if `top_k` is not 0.

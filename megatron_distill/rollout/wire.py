@@ -56,8 +56,10 @@ class ServerInfo:
     vocab_size: int
     """Columns of its logits; ids at or above it kill it."""
     context_length: int
-    """Prompt and response together; a prompt alone may take `longest_prompt` of it."""
+    """Its positions, of which it keeps some to itself."""
     longest_prompt: int
+    longest: int
+    """Prompt and response together."""
     tp_size: int
     """As in `Held`."""
     version: str
@@ -66,8 +68,9 @@ class ServerInfo:
     """What it was started with, as it tells: names and single values, and `architectures`; no keys."""
 
 
-RESERVED = 6
-"""Tokens of its context that a server keeps free of prompts."""
+RESERVED, ROOM = 1, 4
+"""What a server's `max_req_input_len` means: a prompt must be shorter, and prompt and response together may have so
+many tokens more. A response that would be longer is cut without a word."""
 
 
 def info(model: Any, server: Any, listed: Any, *, vocab_size: int) -> ServerInfo:
@@ -76,13 +79,15 @@ def info(model: Any, server: Any, listed: Any, *, vocab_size: int) -> ServerInfo
     Raises:
         ValueError: something is missing.
     """
+    most = _part(server, "max_req_input_len", int)
     return ServerInfo(
         model_path=_part(model, "model_path", str),
         served_name=_part(model, "served_model_name", str),
         weight_version=_part(model, "weight_version", str),
         vocab_size=vocab_size,
         context_length=_part(_part(listed, "data", list)[0], "max_model_len", int),
-        longest_prompt=_part(server, "max_req_input_len", int),
+        longest_prompt=most - RESERVED,
+        longest=most + ROOM,
         tp_size=_part(server, "tp_size", int),
         version=_part(server, "version", str),
         settings={name: value for name, value in (model | server).items() if _public(name, value)},
@@ -120,7 +125,7 @@ def generation(request: Request, rid: str, stop_ids: Sequence[int], forbidden: M
     return {"rid": rid, "input_ids": request.tokens, "sampling_params": settings, "return_logprob": True}
 
 
-def completion(answer: Any, stop_ids: Sequence[int]) -> Completion:
+def completion(answer: Any, stop_ids: Sequence[int], longest: int) -> Completion:
     """The response in an answer of `/generate`.
 
     Raises:
@@ -135,6 +140,11 @@ def completion(answer: Any, stop_ids: Sequence[int]) -> Completion:
         )
     logprobs = _finite([triple[0] for triple in triples])
     stop = _stop(_part(meta, "finish_reason", dict), tokens, stop_ids)
+    if stop is Stop.LENGTH and len(tokens) != longest:
+        raise ValueError(
+            f"the server ended the response after {len(tokens)} of {longest} tokens: its context_length or "
+            "max_total_tokens does not hold more; raise it, or ask for less"
+        )
     versions = _versions(meta, len(tokens))
     version = min(versions) if versions else _number(_part(meta, "weight_version", str))
     return Completion(tokens=tokens, logprobs=logprobs, stop=stop, version=version, versions=versions)

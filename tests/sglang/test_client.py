@@ -117,7 +117,7 @@ def test_a_server_says_what_it_is(url: str, tiny_served: Path) -> None:
     async def ask() -> None:
         async with client(url) as connected:
             info = await connected.info()
-            assert (info.vocab_size, info.context_length, info.longest_prompt) == (259, 512, 506)
+            assert (info.vocab_size, info.context_length, info.longest_prompt, info.longest) == (259, 512, 505, 510)
             assert (Path(info.model_path), info.weight_version, info.tp_size) == (tiny_served, "1", 1)
             assert info.settings["architectures"] == ["Qwen3ForCausalLM"]
             assert await connected.ready()
@@ -135,8 +135,8 @@ def test_what_would_kill_a_server_never_leaves(url: str) -> None:
                 (one_request(4, (250,)), "token id 250: must be below 250"),
                 (one_request(4, (-1,)), "token id -1"),
                 (one_request(4, ()), "no tokens"),
-                (one_request(13, (5,) * 500), "500 tokens, at most 499 fit"),
-                (one_request(1, (5,) * 507), "507 tokens, at most 506 fit"),
+                (one_request(11, (5,) * 500), "500 tokens, at most 499 fit"),
+                (one_request(1, (5,) * 506), "506 tokens, at most 505 fit"),
             ]:
                 with pytest.raises(RequestRefused, match=told):
                     await connected.generate(wrong, "r")
@@ -146,12 +146,15 @@ def test_what_would_kill_a_server_never_leaves(url: str) -> None:
                 (Given(tokens=(5, 6, 7), start=3), 0, "start=3 of 3"),
                 (Given(tokens=(5, 6, 7), start=0), 0, "start=0"),
                 (Given(tokens=(5, 6, 259), start=1), 0, "token id 259"),
-                (Given(tokens=(5,) * 507, start=1), 0, "507 tokens"),
+                (Given(tokens=(5,) * 506, start=1), 0, "506 tokens"),
             ]:
                 with pytest.raises(RequestRefused, match=told):
                     await connected.score(given, "r", top_k)
             assert relay.requests == before
-            assert (await connected.generate(one_request(12, (5,) * 499 + (6,)), "r")).tokens, "the longest that fits"
+            for room in (10, 5):  # the longest that fits is answered whole
+                done = await connected.generate(one_request(room, (5,) * (510 - room)), "r")
+                assert len(done.tokens) == room or done.stop is Stop.EOS
+            assert len((await connected.score(Given(tokens=(5,) * 505, start=1), "r")).logprobs) == 504
 
     within(60, ask())
 

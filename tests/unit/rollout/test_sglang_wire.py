@@ -39,7 +39,7 @@ def scored() -> Any:
 
 
 def test_a_response_is_read_with_the_version_of_each_token() -> None:
-    assert wire.completion(written(), stop_ids=(2,)) == Completion(
+    assert wire.completion(written(), stop_ids=(2,), longest=9) == Completion(
         tokens=(89, 95, 2),
         logprobs=(-6.737581729888916, -5.853133201599121, -5.508458614349365),
         stop=Stop.EOS,
@@ -51,7 +51,7 @@ def test_a_response_is_read_with_the_version_of_each_token() -> None:
 def test_a_server_that_tells_one_version_tells_it_of_all_tokens() -> None:
     answer = written()
     del answer["meta_info"]["weight_versions"]
-    assert wire.completion(answer, stop_ids=(2,)).versions == (4, 4, 4)
+    assert wire.completion(answer, stop_ids=(2,), longest=9).versions == (4, 4, 4)
 
 
 def test_a_response_that_was_aborted_before_its_first_token_is_empty() -> None:
@@ -62,7 +62,7 @@ def test_a_response_that_was_aborted_before_its_first_token_is_empty() -> None:
         "finish_reason": {"type": "abort", "message": "Aborted"},
         "weight_versions": [{"version": "4", "start": 0, "end": 0}],
     }
-    done = wire.completion(answer, stop_ids=(2,))
+    done = wire.completion(answer, stop_ids=(2,), longest=9)
     assert (done.tokens, done.stop, done.version, done.versions) == ((), Stop.ABORTED, 4, ())
 
 
@@ -89,6 +89,7 @@ def change(path: str, value: Any) -> Callable[[Any], None]:
         (change("meta_info.output_token_logprobs", [[0.5, 89], [-1, 95], [-1, 2]]), "above 0"),
         (change("meta_info.finish_reason", {"type": "stop", "matched": 7}), "stop"),
         (change("meta_info.finish_reason", {"type": "weather"}), "finish_reason.type='weather'"),
+        (change("meta_info.finish_reason", {"type": "length", "length": 3}), "after 3 of 9 tokens: its context_length"),
         (change("meta_info.weight_versions", [{"version": "3", "start": 0, "end": 2}]), "cover 2 of 3"),
         (change("meta_info.weight_versions", [{"version": "3", "start": 1, "end": 3}]), "gap before token 1"),
     ],
@@ -98,10 +99,10 @@ def test_a_spoiled_response_is_refused_in_words(spoil: Callable[[Any], None], to
     spoil(answer)
     if told == "stop":  # an end that this run does not know
         with pytest.raises(ValueError, match=r"ended at id 7.*generation_config\.json"):
-            wire.completion(answer, stop_ids=(5,))
+            wire.completion(answer, stop_ids=(5,), longest=9)
     else:
         with pytest.raises(ValueError, match=told):
-            wire.completion(answer, stop_ids=(2,))
+            wire.completion(answer, stop_ids=(2,), longest=9)
 
 
 @pytest.mark.parametrize("version", ["default", "updating", "", "-1", "3.0"])
@@ -109,7 +110,7 @@ def test_a_version_that_is_no_number_of_steps_is_unknown(version: str) -> None:
     answer = written()
     answer["meta_info"]["weight_versions"][1]["version"] = version
     with pytest.raises(wire.UnknownVersion, match="no number of optimizer steps"):
-        wire.completion(answer, stop_ids=(2,))
+        wire.completion(answer, stop_ids=(2,), longest=9)
 
 
 def test_scores_are_those_of_the_response_alone() -> None:
@@ -175,5 +176,6 @@ def test_what_a_server_tells_of_its_keys_is_not_kept() -> None:
     }
     found = wire.info(model, server, {"data": [{"max_model_len": 512}]}, vocab_size=259)
     assert "secret" not in repr(found)
+    assert (found.longest_prompt, found.longest, found.context_length) == (505, 510, 512)
     assert found.settings["dtype"] == "float32"
     assert found.settings["architectures"] == ["Qwen3ForCausalLM"]
