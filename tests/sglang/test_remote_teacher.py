@@ -133,11 +133,11 @@ class Here:
         )
 
     def connect(self, part: TeacherPart) -> Teacher:
-        return part.connect(self.student, self.tokenizer, self.root / "logs")
+        return part.connect(self.student, self.tokenizer, self.root / "own logs")
 
     def remote(self, url: str, **settings: Any) -> RemoteTeacher:
         part = RemotePart(model=self.root / "teacher", urls=(url,) if url else (), **settings)
-        return part.connect(self.student, self.tokenizer, self.root / "logs")
+        return part.connect(self.student, self.tokenizer, self.root / "own logs")
 
     def batch(self, teacher: Teacher) -> Batch:
         return pack(
