@@ -138,6 +138,7 @@ class Responses:
     segment_R: Tensor
     origin_R: Tensor
     rollout_logp_R: Tensor
+    version_R: Tensor
 
     @property
     def sampled_R(self) -> Tensor:
@@ -168,6 +169,8 @@ class MicroBatch:
     """int8 `Origin`."""
     rollout_logp_R: Tensor
     """float32, the engine's log-probs; NaN where there is none."""
+    version_R: Tensor
+    """int64: optimizer steps behind the weights that sampled the token; of no meaning where nobody did."""
     reward_S: Tensor
     """float32; NaN where nothing was scored."""
     group_S: Tensor
@@ -189,6 +192,7 @@ class MicroBatch:
             segment_R=self.segment_R[rows],
             origin_R=self.origin_R[rows],
             rollout_logp_R=self.rollout_logp_R[rows],
+            version_R=self.version_R[rows],
         )
 
     def lengths_S(self) -> Tensor:

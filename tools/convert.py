@@ -153,6 +153,7 @@ def _probe(tokens_T: Tensor) -> MicroBatch:
         segment_R=nothing_T,
         origin_R=nothing_T,
         rollout_logp_R=nothing_T,
+        version_R=nothing_T,
         reward_S=nothing_S,
         group_S=nothing_S,
         index_S=nothing_S,

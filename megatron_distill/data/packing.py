@@ -165,6 +165,7 @@ def _micro_batch(chosen: list[_Sequence], multiple: int, device: torch.device) -
         target_R=integers([token for rollout in rollouts for token in rollout.tokens]),
         segment_R=integers([segment for segment, rollout in enumerate(rollouts) for _ in rollout.tokens]),
         origin_R=integers([origin for rollout in rollouts for origin in rollout.origin], torch.int8),
+        version_R=integers([version for rollout in rollouts for version in rollout.versions]),
         rollout_logp_R=floats([value for rollout in rollouts for value in _logprobs(rollout)]),
         reward_S=floats([NOTHING if one.scored.reward is None else one.scored.reward for one in chosen]),
         group_S=integers([one.group for one in chosen]),

@@ -18,7 +18,7 @@ from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
 from megatron_distill.runtime.start import start
 from megatron_distill.testing.world import Worlds
-from megatron_distill.train.mismatch import NAMES, mismatch_of
+from megatron_distill.train.mismatch import FRESH, NAMES, mismatch_of
 from megatron_distill.train.step import bind, corrected
 from megatron_distill.types import Scored, TokenStats
 from tests.certify.data import SEED, STEP, whole_step
@@ -50,7 +50,12 @@ def sampled(chain: Chain) -> list[Scored]:
         logprobs = one.rollout.logprobs
         if logprobs is not None and place == 0:
             logprobs = (*logprobs[:-1], logprobs[-1] - 1.5)
-        found.append(replace(one, rollout=replace(one.rollout, logprobs=logprobs, temperature=SAMPLED_AT)))
+        count = len(one.rollout.tokens)
+        versions = (STEP - 2,) * (count // 2) + (STEP,) * (count - count // 2)
+        sampled = replace(
+            one.rollout, logprobs=logprobs, temperature=SAMPLED_AT, version=min(versions), versions=versions
+        )
+        found.append(replace(one, rollout=sampled))
     return found
 
 
@@ -60,6 +65,7 @@ def expected(chain: Chain, scored: list[Scored]) -> dict[str, float]:
     logp_R = (step.student_RV / SAMPLED_AT).log_softmax(-1).gather(1, step.target_R[:, None]).squeeze(1)
     known_R = ~step.rollout_logp_R.isnan()
     apart_R = (logp_R.detach() - step.rollout_logp_R)[known_R]
+    version_R = torch.tensor([version for one in scored for version in one.rollout.versions])
     weights_R = torch.ones(len(logp_R), dtype=torch.float64)
     weights_R[known_R] = apart_R.exp().clamp(max=CAP)
     likelihood_R = step.student_RV.log_softmax(-1).gather(1, step.target_R[:, None]).squeeze(1)
@@ -69,6 +75,7 @@ def expected(chain: Chain, scored: list[Scored]) -> dict[str, float]:
         "mismatch/logp_abs_mean": apart_R.abs().mean().item(),
         "mismatch/kl": (apart_R.exp() - 1 - apart_R).mean().item(),
         "mismatch/outside": ((apart_R > 0.6931) | (apart_R < -0.6931)).double().mean().item(),
+        "mismatch/fresh_logp_abs_mean": apart_R.abs()[version_R[known_R] == STEP].mean().item(),
         "importance/weight_mean": weights_R[known_R].mean().item(),
         "importance/capped": (apart_R.exp() >= CAP).double().mean().item(),
         "loss": loss.item(),
@@ -108,5 +115,5 @@ def test_figures_and_weighted_steps_are_those_of_the_mathematics(worlds: Worlds,
     assert 0 < wanted["mismatch/outside"] < 1
     assert 0 < wanted["importance/capped"] < 1
     for found in worlds(CUTS[name].world).run(figures, chain.root, CUTS[name], scored, init=False):
-        assert set(NAMES) <= set(found)
+        assert {*NAMES, FRESH} <= set(found)
         assert {one: found[one] for one in wanted} == pytest.approx(wanted, rel=2e-5, abs=1e-7)

@@ -98,3 +98,8 @@ def test_responses_are_kept_across_updates(worlds: Worlds, config: Path) -> None
         assert all(step - 1 <= version <= step for one in written for version in one.versions)
     assert all(line["rollout/staleness_max"] <= 1 for line in lines)
     assert any(0 < line["rollout/staleness_mean"] < 1 for line in lines)
+    # tokens of a response that was kept across an update are sampled by the weights that their versions say
+    for line in lines:
+        assert line["mismatch/fresh_logp_abs_mean"] < 1e-5
+        if line["rollout/staleness_mean"] > 0:
+            assert line["mismatch/logp_abs_mean"] > 1e-4

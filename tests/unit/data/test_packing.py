@@ -17,6 +17,7 @@ def scored(group: str, sample: int, prompt: tuple[int, ...], response: tuple[int
     settings: dict[str, object] = {
         "logprobs": tuple(-0.5 * token for token in response),
         "origin": (Origin.STUDENT,) * len(response),
+        "version": 0,
     }
     rollout = Rollout(
         prompt=Prompt(id=group, messages=(), tokens=prompt),
@@ -24,7 +25,6 @@ def scored(group: str, sample: int, prompt: tuple[int, ...], response: tuple[int
         sample=sample,
         tokens=response,
         stop=Stop.EOS,
-        version=0,
         **(settings | fields),
     )
     return Scored(rollout=rollout, reward=float(sample))
@@ -181,3 +181,16 @@ def test_unusable_rollouts_are_refused() -> None:
     for reason, step in cases.items():
         with pytest.raises(DataError, match=reason):
             packed(step)
+
+
+def test_versions_and_the_temperature_of_log_probs_follow_the_tokens() -> None:
+    step = [
+        scored("a", 0, (1, 2), (3, 4, 5), version=6, versions=(6, 7, 7), temperature=0.7),
+        scored("b", 0, (1,), (8, 9), version=7, temperature=0.7),
+    ]
+    batch = packed(step)
+    versions = torch.cat([micro.version_R for micro in batch.micro])
+    assert versions.tolist() == [6, 7, 7, 7, 7]
+    assert batch.temperature == 0.7
+    other = scored("b", 0, (1,), (8, 9), temperature=1.0)
+    assert packed([step[0], other]).temperature is None, "not of one temperature"
