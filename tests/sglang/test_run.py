@@ -93,13 +93,16 @@ def workplace(server_python: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def stopped(workplace: Path) -> Ended:
     """The run that loses a server while no restart is allowed."""
     process = begin(workplace, "megatron_distill.cli", "train", "run.yaml", "rollout.engine.most_restarts=0")
-    while len(steps_of(workplace)) < 5:
-        assert process.poll() is None, ended(process).said
-        time.sleep(0.1)
-    servers = servers_of(process)
-    assert len(servers) == 2
-    os.kill(servers[0], signal.SIGKILL)
-    done = ended(process)
+    try:
+        while len(steps_of(workplace)) < 5:
+            assert process.poll() is None, ended(process).said
+            time.sleep(0.1)
+        servers = servers_of(process)
+        assert len(servers) == 2
+        os.kill(servers[0], signal.SIGKILL)
+        done = ended(process)
+    finally:
+        process.kill()
     end = time.monotonic() + 20
     while any(map(runs, servers)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -160,7 +163,7 @@ def ended(process: subprocess.Popen[str]) -> Ended:
 def servers_of(process: subprocess.Popen[str]) -> list[int]:
     """The first process of each server that a run has started."""
     below = psutil.Process(process.pid).children(recursive=True)
-    return [one.pid for one in below if "sglang.launch_server" in one.cmdline()]
+    return [one.pid for one in below if one.cmdline()[1:3] == ["-m", "sglang.launch_server"]]
 
 
 def runs(pid: int) -> bool:
