@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from megatron_distill.models.student import Student, StudentSection
 from megatron_distill.objectives.base import Objective, Scope
 from megatron_distill.objectives.gkd import GKD
 from megatron_distill.objectives.opd import OPD
+from megatron_distill.rollout.base import Given
 from megatron_distill.rollout.servers import ServerGroup, ServerSettings
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
@@ -230,12 +232,25 @@ def hear(root: Path, url: str) -> dict[str, Any]:
             )
             heard.setdefault("errors", []).extend((named_R[:, 0] - one_id.logp_R).abs().tolist())
             heard["errors"] += (all_ids.logp_R - one_id.logp_R).abs().tolist()
+        heard["cached"] = asyncio.run(read_again(whole, batch))
         short = world.remote(url, view=View(max_tokens=30))
         heard["cut"] = [len(one.rollout.tokens) for micro in world.batch(short).micro for one in micro.sequences]
         assert [one.rows for one in world.batch(short).micro] == [
             len(signal.logp_R) for signal in short.signal(world.batch(short))
         ]
         return heard
+
+
+async def read_again(teacher: RemoteTeacher, batch: Batch) -> list[tuple[int, int]]:
+    """Tokens before each response, and how many tokens the server remembers of the last time."""
+    found = []
+    async with teacher.served.client(teacher.addresses[0]) as client:
+        for micro in batch.micro:
+            for one in micro.sequences:
+                prompt, response = one.rollout.prompt.tokens, one.rollout.tokens
+                said = await client.score(Given(tokens=(*prompt, *response), start=len(prompt)), rid="again")
+                found.append((len(prompt), said.cached))
+    return found
 
 
 def test_all_ids_are_the_whole_distribution_without_those_that_only_the_teacher_has(
@@ -245,6 +260,7 @@ def test_all_ids_are_the_whole_distribution_without_those_that_only_the_teacher_
     assert heard["longest"] == 512 - 6
     assert max(abs(total - 1) for total in heard["sum"]) < 1e-5
     assert heard["ids"] == set(range(V))
+    assert all(remembered == before - 1 for before, remembered in heard["cached"]), "prompts are read again"
     assert max(heard["errors"]) < 1e-5
     assert sum(heard["cut"]) < sum(len(one.rollout.tokens) for one in scored_of(root / "student"))
 
