@@ -11,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
-from megatron_distill.errors import SyncError
+from megatron_distill.errors import RequestRefused, SyncError
 from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
 from megatron_distill.rollout.transports.buckets import Bucket
@@ -119,7 +120,8 @@ class Broadcast(Bucketed):
 
             async def leave(client: Client) -> None:
                 for name in left[client.url]:
-                    await client.destroy_group(name)
+                    with suppress(RequestRefused):  # a server that was started anew has never heard of it
+                        await client.destroy_group(name)
 
             servers.ask_if_there(leave)
 
