@@ -257,26 +257,38 @@ def test_the_canary_sees_a_tensor_that_did_not_arrive(worlds: Worlds, served: Se
         assert error.servers == ()
 
 
-def listening(folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str]) -> set[str]:
-    with syncing(folder, sizes, settings) as (_, student, sync):
+def listeners(pids: Sequence[int]) -> set[tuple[int, str, int]]:
+    """Process, address and port of every socket that a process or its children listen at."""
+    family = {one for pid in pids for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))}
+    return {
+        (one.pid, socket.laddr.ip, socket.laddr.port)
+        for one in family
+        for socket in one.net_connections(kind="inet")
+        if socket.status == psutil.CONN_LISTEN
+    }
+
+
+def listening(
+    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str], pids: list[int]
+) -> tuple[set[str], set[str]]:
+    """Addresses at which this rank listens, and those at which servers listen since they joined the group."""
+    with syncing(folder, sizes, settings) as (runtime, student, sync):
+        before = listeners(pids)
+        runtime.mesh.barrier()
         sync.push(student, [Address(url) for url in urls], 0)
-        mine = psutil.Process().net_connections(kind="inet")
-        return {one.laddr.ip for one in mine if one.status == psutil.CONN_LISTEN}
+        mine, theirs = listeners([os.getpid()]), listeners(pids) - before
+        runtime.mesh.barrier()
+        return {ip for _, ip, _ in mine}, {ip for _, ip, _ in theirs}
 
 
 def test_the_weight_group_listens_on_loopback_alone(worlds: Worlds, served: ServerGroup, tiny_served: Path) -> None:
     settings = SyncSettings(timeout_seconds=60)
-    for found in worlds(2).run(listening, tiny_served, LAYOUTS["pp=2"], settings, served.urls, init=False, timeout=120):
-        assert found == {"127.0.0.1"}
-    for process in served.processes:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        at = {
-            one.laddr.ip
-            for member in family
-            for one in member.net_connections(kind="inet")
-            if one.status == psutil.CONN_LISTEN
-        }
-        assert at == {"127.0.0.1"}
+    pids = [process.pid for process in served.processes]
+    for mine, theirs in worlds(2).run(
+        listening, tiny_served, LAYOUTS["pp=2"], settings, served.urls, pids, init=False, timeout=120
+    ):
+        assert mine == {"127.0.0.1"}
+        assert theirs == {"127.0.0.1"}
 
 
 # -- what breaks -------------------------------------------------------------------------------------------------------
