@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from megatron_distill.errors import EngineError, EngineStopped
+from megatron_distill.errors import EngineError, EngineStopped, ServerLost
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import Given
@@ -248,6 +248,8 @@ class RemoteTeacher:
 
         try:
             on_first_rank(self.mesh, revive)
+        except ServerLost:
+            pass  # gone again while it was looked at: the next round asks, and counts
         except EngineError as error:
             raise EngineStopped(f"teacher {self.part.model}: {error}") from error
 
