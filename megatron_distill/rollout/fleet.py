@@ -189,12 +189,13 @@ class Fleet:
 
     async def _abort(self, server: _Server) -> None:
         """Until all that is in flight there has ended: a request that is on its way is not known to the server yet."""
-        while server.serving and (busy := set(server.busy)):
+        busy = set(server.busy)
+        while server.serving and busy:
             try:
                 await server.client.abort_all()
             except (ServerLost, RequestTimedOut) as error:
                 self.withdraw(server.client.url, error)
-            await asyncio.wait(busy, timeout=ABORT_AGAIN)
+            _, busy = await asyncio.wait(busy, timeout=ABORT_AGAIN)
 
     async def _generate(self, client: Client, request: Request, rid: str, stops: int) -> Completion:
         least = self._settled

@@ -141,6 +141,10 @@ class Client(Connection):
         body = wire.scoring(given, rid, asked, left_out)
         answer = await self._answer(body, rid)
         with self.reading("/generate", rid):
+            aborted = wire.was_aborted(answer)
+        if aborted:
+            raise ServerFailed(f"{self.where('/generate', rid)} was aborted by somebody", server=self.url, request=rid)
+        with self.reading("/generate", rid):
             return wire.scores(answer, given, asked, left_out)
 
     def _forbidden(self, info: ServerInfo) -> dict[str, float]:

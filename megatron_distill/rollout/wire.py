@@ -226,6 +226,15 @@ def scoring(given: Given, rid: str, top_k: int, left_out: Sequence[int]) -> dict
     return body
 
 
+def was_aborted(answer: Any) -> bool:
+    """Whether somebody ended a request before it was answered.
+
+    Raises:
+        ValueError: the answer does not say how it ended.
+    """
+    return _part(_part(answer, "meta_info", dict), "finish_reason", dict).get("type") == "abort"
+
+
 def scores(answer: Any, given: Given, top_k: int, left_out: Sequence[int]) -> Scores:
     """Log-probs in an answer to `scoring`, over the vocabulary without `left_out`, which ends it.
 

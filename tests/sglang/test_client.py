@@ -451,6 +451,22 @@ def test_an_abort_by_somebody_else_costs_nothing_but_time(url: str) -> None:
     check_once(within(120, ask()), times, asked)
 
 
+def test_scores_that_somebody_aborts_are_asked_for_again(url: str) -> None:
+    given = [Given(tokens=tuple(3 + (7 * place + index) % 200 for place in range(500)), start=1) for index in range(64)]
+
+    async def ask() -> tuple[int, int]:
+        async with client(url) as stranger, Fleet([client(url)]) as fleet:
+            task = asyncio.create_task(fleet.score_all(given, top_k=20))
+            while not task.done() and fleet.redone == 0:
+                await asyncio.sleep(0.05)
+                await stranger.abort_all()
+            return len(await task), fleet.redone
+
+    answered, redone = within(120, ask())
+    assert answered == len(given)
+    assert redone > 0
+
+
 def test_a_refusal_by_the_server_is_told_in_its_words(url: str) -> None:
     async def ask() -> None:
         async with client(url) as connected:
