@@ -235,7 +235,7 @@ class RemoteTeacher:
         self.deaths += len(lost) if not self.part.urls else int(not complete)
         if self.deaths > self.part.most_restarts:
             raise EngineStopped(
-                f"teacher {self.part.model}: lost {' and '.join(lost)}, which makes {self.deaths} losses, "
+                f"teacher {self.part.model}: lost {' and '.join(lost)}, loss number {self.deaths} of the run, "
                 f"most_restarts={self.part.most_restarts} allows no more; see the servers' logs. Too little memory for "
                 "the prompts in flight is the usual reason: lower in_flight or servers.max_total_tokens"
             )

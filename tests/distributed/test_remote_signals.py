@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_distill.data.packing import pack
-from megatron_distill.errors import EngineError
-from megatron_distill.rollout.sglang import Scores
+from megatron_distill.errors import EngineError, EngineStopped
+from megatron_distill.rollout.sglang import Address, Scores
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
 from megatron_distill.runtime.start import start
 from megatron_distill.teachers._scores import leads, shared, where
-from megatron_distill.teachers._servers import on_first_rank
+from megatron_distill.teachers._served import Introduced, Served, alive
+from megatron_distill.teachers._servers import Elsewhere, on_first_rank
+from megatron_distill.teachers.remote import RemotePart, RemoteTeacher
+from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.testing.world import Worlds
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop, TopK
 
@@ -107,6 +113,56 @@ def test_ranks_that_see_logits_have_the_same_bits(worlds: Worlds, layout: str, c
             judged.setdefault(dp_rank, set()).update(micro["who"])
     assert set(asked.values()) == {1}
     assert sorted(one for share in judged.values() for one in share) == sorted(expected)
+
+
+def ask_nobody(model: Path, most_restarts: int) -> tuple[bool, str]:
+    """A teacher whose only server is gone after it was introduced; one of the two ranks has nothing to ask."""
+    sizes = ParallelSizes(dp=2)
+    with start(sizes, Precision(dtype="fp32")) as runtime, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        url = runtime.mesh.gather_objects(f"http://127.0.0.1:{taken.getsockname()[1]}")[0]
+        part = RemotePart(model=model, urls=(url,), most_restarts=most_restarts)
+        served = Served(model=model, served_as="", vocabulary=99, in_flight=2, request_seconds=5.0, silent_seconds=5.0)
+        addresses = (Address(url),)
+        teacher = RemoteTeacher(
+            part=part,
+            mesh=runtime.mesh,
+            device=CPU,
+            tokenizer=None,  # type: ignore[arg-type]
+            served=served,
+            servers=Elsewhere(urls=[url], seconds=0.5, reacting=lambda: alive(served, addresses)),
+            addresses=addresses,
+            introduced=Introduced(longest=99, canary=np.zeros(1), version="default"),
+        )
+        batch = pack(
+            teacher.fit(scored_of(1)),
+            dp_rank=runtime.mesh.dp_rank,
+            dp_size=2,
+            tokens_per_micro_batch=99,
+            device=CPU,
+            version=0,
+        )
+        with pytest.raises(EngineStopped) as caught:
+            teacher.signal(batch)
+        return bool(batch.micro[0].rows), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("most_restarts", "complaint"),
+    [
+        (0, "loss number 1 of the run, most_restarts=0 allows no more; see the servers' logs"),
+        (1, "none of the teacher's servers came back within 0.5 s"),
+    ],
+)
+def test_all_ranks_stop_together_when_servers_stay_away(
+    worlds: Worlds, tmp_path: Path, most_restarts: int, complaint: str
+) -> None:
+    model = tiny_model(tmp_path / "teacher", "llama")
+    told = worlds(2).run(ask_nobody, model, most_restarts, init=False)
+    assert [asks for asks, _ in told] == [True, False]
+    for _, message in told:
+        assert message.startswith(f"teacher {model}: ")
+        assert complaint in message
 
 
 def fail_on_the_first() -> str:

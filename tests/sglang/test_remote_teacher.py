@@ -417,7 +417,7 @@ def test_work_of_servers_that_hang_or_die_is_done_all_the_same(worlds: Worlds, r
             torch.testing.assert_close(torch.tensor(micro), torch.tensor(expected), rtol=0, atol=1e-5)
     for seen in (first, last):
         assert seen["deaths"] == [0, 1, 2]
-        assert "which makes 3 losses, most_restarts=2 allows no more" in seen["message"]
+        assert "loss number 3 of the run, most_restarts=2 allows no more" in seen["message"]
 
 
 def outlive(root: Path, python: Path) -> dict[str, Any]:
@@ -450,4 +450,4 @@ def test_a_server_of_the_runs_own_is_started_again_and_ended(worlds: Worlds, roo
     assert seen["error"] <= 1e-5
     assert seen["another"]
     assert not seen["alive"]
-    assert "which makes 2 losses, most_restarts=1 allows no more" in seen["message"]
+    assert "loss number 2 of the run, most_restarts=1 allows no more" in seen["message"]
