@@ -46,7 +46,8 @@ class ServerSettings:
     """GPUs of all servers together, named as in CUDA_VISIBLE_DEVICES; none: those that this process sees. Each server
     takes `tp` of them in turn."""
     context_length: int | None = None
-    """Longest prompt and response together; none: the model's. A server keeps 6 positions to itself."""
+    """Positions for a prompt and its response; none: the model's. A server keeps some to itself: both together may take
+    all but 2, a prompt all but 7."""
     max_total_tokens: int | None = None
     """Tokens that fit into the key-value cache; none: 16384 on a CPU, all that fit on a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
