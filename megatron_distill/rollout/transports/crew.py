@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_distill.errors import EngineError, SyncError
+from megatron_distill.errors import DistillError, SyncError
 from megatron_distill.models.hf.io import TensorPlan
 from megatron_distill.runtime.mesh import Mesh
 
@@ -40,13 +40,13 @@ class Crew:
         """`work` on this rank; if it failed on any rank, the same error on all of them.
 
         Raises:
-            EngineError: that of the lowest rank that met one, with the servers lost by any.
+            SyncError: what the lowest rank met, with the servers lost by any.
         """
-        failed: EngineError | None = None
+        failed: DistillError | None = None
         result: T | None = None
         try:
             result = work()
-        except EngineError as error:
+        except DistillError as error:
             failed = error
         errors = [error for error in self.mesh.gather_objects(failed) if error is not None]
         if errors:
@@ -82,7 +82,7 @@ def _nothing() -> None:
     pass
 
 
-def _one_of(errors: list[EngineError]) -> EngineError:
+def _one_of(errors: list[DistillError]) -> DistillError:
     lost = tuple(dict.fromkeys(url for error in errors if isinstance(error, SyncError) for url in error.servers))
     cause = next((error for error in errors if isinstance(error, SyncError) and error.servers), errors[0])
     return SyncError(str(cause), servers=lost)
