@@ -31,6 +31,9 @@ from megatron_distill.train.resume import check_checkpoint, steps_done
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KEPT = 2
+"""Positions of its context that a server fills with no prompt and no response: it cuts what would need them."""
+
 
 def preflight(run: RunConfig) -> list[str]:
     """Look at every file that a run will read; what a person may like to know, e.g. how many prompts were left out.
@@ -214,8 +217,9 @@ def _fewest_positions(run: RunConfig) -> tuple[str, int]:
     """The model that was made for the shortest sequences, or a server that is told to, and their length."""
     positions = {place: ModelLimits.from_folder(folder).max_positions for place, folder in model_folders(run)}
     engine = served_by(run)
-    if engine is not None and not engine.urls and engine.servers.context_length is not None:
-        positions["rollout.engine.servers.context_length"] = engine.servers.context_length
+    if engine is not None and not engine.urls:
+        context = engine.servers.context_length or positions["student.model"]
+        positions[f"rollout.engine.servers.context_length={context}, less {KEPT} that a server keeps"] = context - KEPT
     return min(positions.items(), key=lambda item: item[1])
 
 

@@ -83,7 +83,12 @@ def test_servers_need_something_to_run_with_and_room(config, tmp_path):
     nowhere = complaint(config("rollout.engine.kind=sglang", "rollout.engine.servers.python=no/python"))
     assert nowhere == "servers.python=no/python: not an interpreter that can be run"
     line = complaint(config(*served, "rollout.engine.servers.context_length=100"))
-    assert "positions of rollout.engine.servers.context_length: set it to 75 or less" in line
+    assert "more than the 98 positions of rollout.engine.servers.context_length=100, less 2 that a server" in line
+    assert "set it to 73 or less" in line
+    assert "rollout.engine.servers.context_length=512" in complaint(
+        config(*served, "rollout.sampling.max_new_tokens=486")
+    )
+    assert preflight(config("rollout.sampling.max_new_tokens=486")), "the engine in process has all positions"
     line = complaint(config(*served, f"rollout.engine.servers.api_key_file={tmp_path / 'key'}"))
     assert line.startswith("api_key_file=")
     elsewhere = 'rollout.engine={kind: sglang, urls: ["http://localhost:1"], servers: {python: no/python}}'
