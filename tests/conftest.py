@@ -23,9 +23,12 @@ from megatron_distill.rollout.servers import server_python as find_server_python
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.testing.world import Worlds
 
+TESTS_FOLDER = Path(__file__).parent
 SERVED_TIMEOUT = 900
 """Seconds for a test with servers: a start alone takes half a minute of a core's time for each process."""
-LEFT_OUT = pytest.StashKey[int]()
+TOGETHER = ("distributed", "integration", "certify", "contract", "sglang")
+"""Folders whose tests start several processes and share worlds and servers: one worker runs them, one after the other,
+beside one that has all the rest."""
 
 torch.set_num_threads(1)
 
@@ -44,30 +47,26 @@ def _seed() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that need the real server, before markers choose."""
+    """Mark the tests that need the real server, before markers choose, and those that belong together."""
     for item in items:
+        folder = item.path.relative_to(TESTS_FOLDER).parts[0] if TESTS_FOLDER in item.path.parents else ""
+        if folder in TOGETHER or "worlds" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("processes"))
         if "server_python" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.sglang)
         if item.get_closest_marker("sglang") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SERVED_TIMEOUT))
 
 
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Count the tests with the real server that markers left out."""
-    for item in items:
-        if item.get_closest_marker("sglang"):
-            item.config.stash[LEFT_OUT] = item.config.stash.get(LEFT_OUT, 0) + 1
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line about them."""
-    if count := config.stash.get(LEFT_OUT, 0):
+    """One line about tests with the real server, where markers left them out."""
+    if "not sglang" in config.option.markexpr:
         try:
             find_server_python()
             how = "make served runs them"
         except EngineError:
             how = "make sglang sets it up (10 GB), make served runs them"
-        terminalreporter.write_line(f"{count} tests with the real SGLang server were left out: {how}")
+        terminalreporter.write_line(f"tests with the real SGLang server were left out: {how}")
 
 
 @pytest.fixture(scope="session")
