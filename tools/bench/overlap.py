@@ -2,8 +2,10 @@
 
 A real SGLang server writes on one core while the trainer learns on another. The same run is made twice by the ordinary
 command: synchronous, where a step is rollout and then all the rest (teacher, training, weights to the server), and
-with `rollout.prefetch.depth=1`, where the two should hide each other. Nothing can be faster than the longer of them;
-what a step takes above it is what waiting, handing over weights between two batches, and the shared memory cost.
+with `rollout.prefetch.depth=1`, where the two should hide each other. Nothing can be faster than the longer of them.
+The handing over of weights is hidden by neither, for both sides take part in it: a step is max(rollout, training) + sync
+at best. So where rollouts are the longer half, sync must be short next to them; the built-in case has a teacher that
+is larger than the student, as most have, and training is the longer half. SETTINGs make other cases.
 
     share = seconds of a step with depth 1 / max(rollout, the rest) of a synchronous step
 
@@ -32,7 +34,7 @@ from tools.bench.step import WARM_UP, Case, Size, measure, prepare
 
 BAR = 1.1
 """Most that a step with depth 1 may take, as a share of the longer half of a synchronous step."""
-SIZE = Size(hidden=128, layers=4, teacher_hidden=256, teacher_layers=4, vocab=2048, prompts=16, new_tokens=128)
+SIZE = Size(hidden=128, layers=4, teacher_hidden=512, teacher_layers=4, vocab=2048, prompts=16, new_tokens=128)
 SAMPLES = 4
 """Responses to each prompt."""
 
