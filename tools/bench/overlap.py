@@ -3,9 +3,9 @@
 A real SGLang server writes on one core while the trainer learns on another. The same run is made twice by the ordinary
 command: synchronous, where a step is rollout and then all the rest (teacher, training, weights to the server), and
 with `rollout.prefetch.depth=1`, where the two should hide each other. Nothing can be faster than the longer of them.
-The handing over of weights is hidden by neither, for both sides take part in it: a step is max(rollout, training) + sync
-at best. So where rollouts are the longer half, sync must be short next to them; the built-in case has a teacher that
-is larger than the student, as most have, and training is the longer half. SETTINGs make other cases.
+The handing over of weights is hidden by neither, for both sides take part in it: a step is max(rollout, training) +
+sync at best. So where rollouts are the longer half, sync must be short next to them; the built-in case has a teacher
+larger than the student, as is usual, and training is meant to be the longer half. SETTINGs make other cases.
 
     share = seconds of a step with depth 1 / max(rollout, the rest) of a synchronous step
 
