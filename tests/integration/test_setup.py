@@ -174,7 +174,7 @@ def test_tests_with_the_real_server_are_left_out_in_one_line_that_says_how_to_ru
     )
     lines = [line for line in done.stdout.splitlines() if "left out" in line]
     assert len(lines) == 1, done.stdout + done.stderr
-    assert re.fullmatch(r"\d+ tests with the real SGLang server were left out: make (sglang|served) .*", lines[0])
+    assert re.fullmatch(r"tests with the real SGLang server were left out: make (sglang|served) .*", lines[0])
 
 
 def test_requirement_files_are_hashed_and_name_no_index() -> None:
