@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +13,7 @@ from megatron_distill.losses.kinds import Clip, Divergence, Outside
 from megatron_distill.losses.signal import teacher_top_k
 from megatron_distill.losses.top_k import top_k_divergence
 from megatron_distill.testing.assertions import TOLERANCE, relative_error
+from megatron_distill.testing.collectives import counted
 from megatron_distill.testing.world import Worlds
 from megatron_distill.types import Full, TopK, VocabPartition, VocabShard
 from tests.oracles import dense
@@ -111,30 +110,6 @@ def test_value_and_gradient_equal_the_dense_reference(worlds: Worlds, ranks: int
         print(f"TP={ranks} {dtype} {what}: worst {worst:.2e} at {case}")
 
 
-@contextmanager
-def _counted() -> Iterator[list[str]]:
-    """Names and sizes of the collectives called within; they do their work all the same."""
-    names = ["all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce_scatter"]
-    calls: list[str] = []
-    originals = {name: getattr(dist, name) for name in names}
-
-    def counting(name: str) -> Callable[..., object]:
-        def call(*arguments: Any, **options: Any) -> object:
-            assert all(one.numel() <= 3 * ROWS for one in arguments if isinstance(one, Tensor)), "more than [3, R]"
-            calls.append(name)
-            return originals[name](*arguments, **options)
-
-        return call
-
-    for name in names:
-        setattr(dist, name, counting(name))
-    try:
-        yield calls
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
-
-
 def _collectives() -> dict[str, tuple[int, int]]:
     partition = _partition(50, 64)
     student_RV, teacher_RV, _ = _models(torch.float32, 50, 64)
@@ -146,11 +121,11 @@ def _collectives() -> dict[str, tuple[int, int]]:
         for outside in OUTSIDES:
             for clip in CLIPS:
                 logits_Rv = _mine(student_RV, partition).requires_grad_()
-                with _counted() as forward:
+                with counted(most_elements=3 * ROWS) as forward:
                     value = top_k_divergence(VocabShard.of(logits_Rv, partition), teacher, kind, outside, clip)
-                with _counted() as backward:
+                with counted() as backward:
                     value.sum().backward()
-                found[f"{kind.name} {outside} {clip}"] = (len(forward), len(backward))
+                found[f"{kind.name} {outside} {clip}"] = (forward.total(), backward.total())
     return found
 
 
