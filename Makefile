@@ -34,7 +34,7 @@ check: setup  ## lint, formatting, types
 	@$(python) -m mypy
 
 test: check  ## check, then the tests; TESTS="tests/unit/losses -k kl" chooses
-	@$(python) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu and not sglang" $(TESTS)
+	@$(python) -m pytest -m "not slow and not gpu and not sglang" $(TESTS)
 
 slow: setup  ## the tests that take minutes; TESTS chooses here too
 	@$(python) -m pytest -m "slow and not gpu and not sglang" $(TESTS)

@@ -23,12 +23,8 @@ from megatron_distill.rollout.servers import server_python as find_server_python
 from megatron_distill.testing.tiny import tiny_model, tiny_tokenizer
 from megatron_distill.testing.world import Worlds
 
-TESTS_FOLDER = Path(__file__).parent
 SERVED_TIMEOUT = 900
 """Seconds for a test with servers: a start alone takes half a minute of a core's time for each process."""
-TOGETHER = ("distributed", "integration", "certify", "contract", "sglang")
-"""Folders whose tests start several processes and share worlds and servers: one worker runs them, one after the other,
-beside one that has all the rest."""
 
 torch.set_num_threads(1)
 
@@ -47,11 +43,8 @@ def _seed() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that need the real server, before markers choose, and those that belong together."""
+    """Mark the tests that need the real server, before markers choose."""
     for item in items:
-        folder = item.path.relative_to(TESTS_FOLDER).parts[0] if TESTS_FOLDER in item.path.parents else ""
-        if folder in TOGETHER or "worlds" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("processes"))
         if "server_python" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.sglang)
         if item.get_closest_marker("sglang") and not item.get_closest_marker("timeout"):

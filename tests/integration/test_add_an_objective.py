@@ -65,6 +65,7 @@ def test_the_example_is_loaded_by_its_name(copy: Path) -> None:
     assert "below=0.5" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_is_certified(copy: Path) -> None:
     done = certify(copy, CUTS)
     assert done.returncode == 0, done.stdout + done.stderr
