@@ -78,6 +78,7 @@ def test_a_run_from_its_first_step_to_its_evaluation(workplace: Path) -> None:
     assert len(answers.read_text().splitlines()) == 10
 
 
+@pytest.mark.slow
 def test_what_only_a_rank_can_find_is_still_one_line(workplace: Path) -> None:
     traces = workplace / "two_steps"
     first = ["rollout.record=true", "paths.run=recorded", "parallel.tp=1"]
@@ -93,6 +94,7 @@ def test_what_only_a_rank_can_find_is_still_one_line(workplace: Path) -> None:
     assert json.loads(line)["loss/total"] == pytest.approx(json.loads(recorded)["loss/total"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_a_run_is_one_word(workplace: Path) -> None:
     words = ["train", "run.yaml", "train.steps=100000", "paths.run=stopped"]
     run = subprocess.Popen(

@@ -123,6 +123,7 @@ def test_a_training_checkpoint_finds_its_own_model_folder(worlds: Worlds, tmp_pa
     assert (out / "tokenizer.json").exists()
 
 
+@pytest.mark.slow
 def test_neither_direction_holds_a_second_copy(tmp_path: Path) -> None:
     tiny = tiny_model(tmp_path / "tiny", "qwen3", hidden=32)
     large = tiny_model(

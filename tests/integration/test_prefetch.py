@@ -37,6 +37,7 @@ def config(root: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_asks_every_prompt_once(config: Path) -> None:
     run = config / "ahead"
     with command(config, "ahead") as process:
