@@ -1,7 +1,7 @@
 """`python -m tools.bench.losses`: our losses against other people's, as ratios, and against the bars they have to meet.
 
-Each shape has a process of its own for times (heap retained, methods interleaved) and one for memory. The exit status
-is 0 if every bar was met, 1 if not; `--no-gate` only prints.
+Each loss of a shape has a process of its own for times (heap retained, methods interleaved), and each shape one for
+memory. The exit status is 0 if every bar was met, 1 if not; `--no-gate` only prints.
 """
 
 from __future__ import annotations
@@ -78,8 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(shape: Shape, rounds: int, losses: list[str] | None) -> list[dict[str, Any]]:
-    """Times, then memory, each in a process of its own; one entry per loss."""
-    timed = _spawn({"measure": "time", "shape": asdict(shape), "rounds": rounds, "losses": losses})
+    """Times, each loss in a process of its own, then memory in another; one entry per loss."""
+    from tools.bench.comparisons import LINEAR_LOSSES, LOGIT_LOSSES
+
+    timed: dict[str, Any] = {}
+    for loss in LINEAR_LOSSES if shape.hidden else LOGIT_LOSSES:
+        # the heap is retained, and one loss leaves it in pieces that are no use to the next
+        if not losses or loss in losses:
+            timed |= _spawn({"measure": "time", "shape": asdict(shape), "rounds": rounds, "losses": [loss]})
     admitted = {loss: [name for name, told in of.items() if not told["refused"]] for loss, of in timed.items()}
     weighed = _spawn({"measure": "memory", "shape": asdict(shape), "admitted": admitted})
     for loss, of in weighed.items():
@@ -123,7 +129,7 @@ def _child(text: str) -> int:
             if job["measure"] == "memory":
                 if loss in job["admitted"]:
                     found[loss] = comparisons.weigh(shape, loss, inputs, set(job["admitted"][loss]))
-            elif not job["losses"] or loss in job["losses"]:
+            elif loss in job["losses"]:
                 found[loss] = comparisons.compare(shape, loss, inputs, job["rounds"])
     Path(job["output"]).write_text(json.dumps(found), encoding="utf-8")
     return 0
