@@ -79,7 +79,6 @@ def _python(code: str, *arguments: str, interpret: bool) -> str:
     ).stdout
 
 
-@pytest.mark.slow
 def test_kernels_equal_float64_in_the_interpreter() -> None:
     """One of each kernel; for a clipped entry and its slope there are bounds on either side."""
     names = ["logprob_and_entropy", "mixed_kl", "jsd", "clipped_reverse_kl"]
