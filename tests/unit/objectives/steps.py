@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -50,8 +51,10 @@ class Outcome:
 
 
 def response(group: str, sample: int, reward: float | None, tokens: Sequence[int], logits: Any = None) -> Response:
-    """With random logits of four ids unless some are given."""
-    drawn = torch.randn(len(tokens), 4) if logits is None else torch.tensor(logits)
+    """With random logits of four ids unless some are given: the same in every process, since modules draw them too."""
+    seed = crc32(repr((group, sample, *tokens)).encode())
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(len(tokens), 4, generator=generator) if logits is None else torch.tensor(logits)
     return Response(group=group, sample=sample, reward=reward, tokens=tokens, logits_RV=drawn.double())
 
 
