@@ -128,7 +128,7 @@ def ask_nobody(model: Path, most_restarts: int) -> tuple[bool, str]:
             part=part,
             mesh=runtime.mesh,
             device=CPU,
-            tokenizer=None,  # type: ignore[arg-type]
+            tokenizer=None,
             served=served,
             servers=Elsewhere(urls=[url], seconds=0.5, reacting=lambda: alive(served, addresses)),
             addresses=addresses,

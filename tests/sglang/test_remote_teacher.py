@@ -424,7 +424,7 @@ def outlive(root: Path, python: Path) -> dict[str, Any]:
     with here(root, ParallelSizes()) as world:
         remote = world.remote("", top_k=4, most_restarts=1, servers=ServerSettings(python=python))
         assert remote.servers is not None
-        (process,) = remote.servers.group.processes  # type: ignore[attr-defined]
+        (process,) = remote.servers.group.processes
         try:
             batch = world.batch(remote)
             before = [one.top_logp_RK for one in remote.signal(batch) if isinstance(one, TopK)]
