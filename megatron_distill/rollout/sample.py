@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_distill.errors import DataError
+from megatron_distill.errors import DataError, EngineError
 from megatron_distill.rewards.base import Judge, Verdict, Verifier
 from megatron_distill.rollout.base import Completion, Key, Request, RolloutEngine, Sampling
 from megatron_distill.types import Origin, Prompt, Rollout, Scored
@@ -118,6 +118,24 @@ def shared[Item, Result](
     """`work` on all items, a share on each rank; all results, in order, on every rank."""
     mine = items[len(items) * ranks.rank // ranks.world : len(items) * (ranks.rank + 1) // ranks.world]
     return [result for share in ranks.gather_objects(work(mine)) for result in share]
+
+
+def on_first_rank[Found](ranks: Ranks, work: Callable[[], Found]) -> Found:
+    """What `work` gives on the first rank, on every rank; collective. Results are picklable.
+
+    Raises:
+        EngineError: on every rank, if `work` raised it.
+    """
+    outcome: Found | EngineError | None = None
+    if ranks.rank == 0:
+        try:
+            outcome = work()
+        except EngineError as error:
+            outcome = error
+    shared = ranks.gather_objects(outcome)[0]
+    if isinstance(shared, EngineError):
+        raise shared
+    return shared  # type: ignore[return-value]
 
 
 def _judged(tools: Tools, written: Sequence[tuple[Wanted, Completion]]) -> list[tuple[str, Verdict]]:

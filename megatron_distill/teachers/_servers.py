@@ -10,7 +10,6 @@ from typing import Protocol
 
 from megatron_distill.errors import EngineError
 from megatron_distill.rollout.servers import Device, ServerGroup, ServerSettings
-from megatron_distill.runtime.mesh import Ranks
 
 PAUSE_SECONDS = 2.0
 """Between two looks whether a server is back."""
@@ -94,21 +93,3 @@ def start(settings: ServerSettings, model: Path, device: Device, logs: Path | No
     group.start()
     group.wait_ready()
     return Started(group)
-
-
-def on_first_rank[Found](ranks: Ranks, work: Callable[[], Found]) -> Found:
-    """What `work` gives on the first rank, on every rank; collective.
-
-    Raises:
-        EngineError: on every rank, if `work` raised it.
-    """
-    outcome: Found | EngineError | None = None
-    if ranks.rank == 0:
-        try:
-            outcome = work()
-        except EngineError as error:
-            outcome = error
-    shared = ranks.gather_objects(outcome)[0]
-    if isinstance(shared, EngineError):
-        raise shared
-    return shared  # type: ignore[return-value]

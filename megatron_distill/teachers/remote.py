@@ -22,12 +22,13 @@ from megatron_distill.errors import EngineError, EngineStopped, ServerLost
 from megatron_distill.models.network import Network
 from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import Given
+from megatron_distill.rollout.sample import on_first_rank
 from megatron_distill.rollout.server_settings import ServerSettings, is_loopback, read_api_key, server_python
 from megatron_distill.rollout.sglang import Address, Scores
 from megatron_distill.runtime.mesh import Mesh
 from megatron_distill.teachers._scores import Where, leads, shared, where
 from megatron_distill.teachers._served import ALIKE, Introduced, Outcome, Served, alive, ask, introduce
-from megatron_distill.teachers._servers import Elsewhere, Servers, on_first_rank, start
+from megatron_distill.teachers._servers import Elsewhere, Servers, start
 from megatron_distill.teachers._views import View
 from megatron_distill.teachers.base import TeacherPart
 from megatron_distill.types import Batch, Fidelity, Scored, TeacherSignal

@@ -11,13 +11,14 @@ import torch
 
 from megatron_distill.data.packing import pack
 from megatron_distill.errors import EngineError, EngineStopped
+from megatron_distill.rollout.sample import on_first_rank
 from megatron_distill.rollout.sglang import Address, Scores
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
 from megatron_distill.runtime.start import start
 from megatron_distill.teachers._scores import leads, shared, where
 from megatron_distill.teachers._served import Introduced, Served, alive
-from megatron_distill.teachers._servers import Elsewhere, on_first_rank
+from megatron_distill.teachers._servers import Elsewhere
 from megatron_distill.teachers.remote import RemotePart, RemoteTeacher
 from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.testing.world import Worlds

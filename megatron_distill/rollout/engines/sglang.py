@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from megatron_distill.data.templates import stop_ids
-from megatron_distill.errors import EngineError, EngineStopped, SyncError
+from megatron_distill.errors import EngineStopped, SyncError
 from megatron_distill.models.student import Student
 from megatron_distill.rollout.base import Completion, Given, HoldsWeights, Request, WholeWeights
 from megatron_distill.rollout.engines._identity import check_server
@@ -21,6 +21,7 @@ from megatron_distill.rollout.engines._keepers import Elsewhere, Own
 from megatron_distill.rollout.engines._live import Care, LiveFleet, Need
 from megatron_distill.rollout.engines.base import EnginePart, Serving
 from megatron_distill.rollout.fleet import Fleet
+from megatron_distill.rollout.sample import on_first_rank
 from megatron_distill.rollout.server_settings import ServerSettings, is_loopback
 from megatron_distill.rollout.sglang import Address, Client, Limits
 from megatron_distill.rollout.sync import SyncSettings, WeightSync
@@ -131,14 +132,11 @@ class SGLangEngine:
         self._pushing = serving.mesh or serving.ranks
         self._live: LiveFleet | None = None
         self._student: HoldsWeights | None = None
-        failure = None
-        if serving.ranks.rank == 0:
-            try:
-                self._live = part.live(serving)
-            except EngineError as error:
-                failure = error
-        if told := serving.ranks.gather_objects(failure)[0]:
-            raise told
+
+        def begin() -> None:
+            self._live = part.live(serving)
+
+        on_first_rank(serving.ranks, begin)
         self._folder = serving.folder
         self._leaves = bool(part.urls)
         self._sync = (
