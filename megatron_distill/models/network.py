@@ -19,11 +19,13 @@ from megatron_distill.models.build import Recompute, build_model, vocab_partitio
 from megatron_distill.models.hf.io import SafetensorsFolder, TensorPlan
 from megatron_distill.models.hf.mapping import export
 from megatron_distill.models.hf.stage import (
+    Slice,
+    gather_first,
     gather_over,
-    gather_stage,
     load_stage,
     parameters_of,
     plan_stage,
+    stage_slices,
     uses_te_names,
 )
 from megatron_distill.models.spec import ModelSpec
@@ -187,14 +189,18 @@ class Network:
         yield from export(self.spec, shards, uses_te_names(parameters))
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors that this pipeline stage owns, by Hugging Face name; collective over its tp ranks alone.
+        """Whole tensors that this pipeline stage owns, by Hugging Face name, on the first of its tp ranks alone.
 
-        The stages' streams put together are `weights`; a tied output weight is the first stage's embedding, and the
-        last stage's copy is left out. One parameter at a time is gathered: keep none to hold none.
+        Collective over those: the others must run through the stream too, which is empty for them. The stages'
+        streams put together are `weights`; a tied output weight is the first stage's embedding, and the last stage's
+        copy is left out. One parameter at a time is gathered: keep none to hold none.
         """
-        parameters = self.parameters()
-        shards = gather_stage(parameters, self.runtime.mesh.tp_group)
-        yield from export(self.spec, shards, uses_te_names(parameters))
+        return gather_first(self.stage_slices(), self.runtime.mesh.tp_group)
+
+    def stage_slices(self) -> Iterator[Slice]:
+        """What this rank holds of each tensor of `stage_weights`, in its order; not collective."""
+        mesh = self.runtime.mesh
+        return stage_slices(self.parameters(), self.spec, mesh.tp_rank, mesh.sizes.tp)
 
     def stage_plan(self) -> list[TensorPlan]:
         """Names, shapes and types of what `stage_weights` will give, in its order; not collective."""

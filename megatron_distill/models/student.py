@@ -16,6 +16,7 @@ from megatron_distill.losses.chunk import linear_rows
 from megatron_distill.losses.vocab import logprob, logprob_and_entropy
 from megatron_distill.models.build import Recompute
 from megatron_distill.models.hf.io import TensorPlan
+from megatron_distill.models.hf.stage import Slice
 from megatron_distill.models.network import Network
 from megatron_distill.models.optimizer import OptimizerSection, build_optimizer, wrap_in_ddp
 from megatron_distill.models.schedule import MicroLoss, forward_backward
@@ -95,8 +96,12 @@ class Student:
         return self.network.weights()
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Those that this pipeline stage owns; collective over its tensor-parallel ranks alone."""
+        """Those that this pipeline stage owns, on the first of its tp ranks; collective over all of those."""
         return self.network.stage_weights()
+
+    def stage_slices(self) -> Iterator[Slice]:
+        """What this rank holds of each tensor of `stage_weights`, in its order; not collective."""
+        return self.network.stage_slices()
 
     def stage_plan(self) -> list[TensorPlan]:
         """Names, shapes and types of what `stage_weights` will give, in its order; not collective."""

@@ -173,6 +173,9 @@ def server_environment(settings: ServerSettings, device: Device, index: int) -> 
         changes |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if device == "cpu":
         changes |= {"SGLANG_PLATFORM": "torch_cpu", "CUDA_VISIBLE_DEVICES": ""}
+        # memory that was freed is kept: new weights arrive in new tensors each time, and fetching their pages from the
+        # system takes longer than sending what goes into them
+        changes |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
         if settings.tp > 1:
             changes["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(_shares(cores(), settings.tp))
         return changes

@@ -19,9 +19,9 @@ from megatron_distill.errors import BadAnswer, RequestRefused, RequestTimedOut, 
 from megatron_distill.rollout import wire
 from megatron_distill.rollout._http import Address, Connection, Limits
 from megatron_distill.rollout.base import Completion, Given, Request
-from megatron_distill.rollout.wire import Held, Scores, ServerInfo
+from megatron_distill.rollout.wire import Scores, ServerInfo
 
-__all__ = ["Address", "Client", "Held", "Limits", "Scores", "ServerInfo"]
+__all__ = ["Address", "Client", "Limits", "Scores", "ServerInfo"]
 
 _LEFT_ALONE = {"flush_cache": False, "abort_all_requests": False}
 """What an update must not do by itself: one bucket is not the whole."""
@@ -72,11 +72,17 @@ class Client(Connection):
             self._info = wire.info(*told, vocab_size=vocab_size)
         return self._info
 
-    async def weights(self) -> Held:
-        """Which weights it holds; a server that is paused tells this too."""
-        told = [await self.call("GET", path) for path in ("/model_info", "/server_info")]
+    async def version(self) -> str:
+        """What it calls the weights that it holds; quick, and told by a server that is paused too."""
+        told = await self.call("GET", "/model_info")
+        with self.reading("/model_info"):
+            return wire.weight_version(told)
+
+    async def tp_size(self) -> int:
+        """How many processes share one copy of the weights; told by a server that is paused too."""
+        told = await self.call("GET", "/server_info")
         with self.reading("/server_info"):
-            return wire.held(*told)
+            return wire.tp_size(told)
 
     async def _known(self) -> ServerInfo:
         async with self._asking:  # many requests start at once; one of them asks
@@ -145,7 +151,7 @@ class Client(Connection):
         if aborted:
             raise ServerFailed(f"{self.where('/generate', rid)} was aborted by somebody", server=self.url, request=rid)
         with self.reading("/generate", rid):
-            return wire.scores(answer, given, asked, left_out)
+            return wire.scores(answer, given, asked, left_out, info.vocab_size)
 
     def _forbidden(self, info: ServerInfo) -> dict[str, float]:
         valid = info.vocab_size if self._valid is None else self._valid

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from megatron_distill.rollout.transports.broadcast import Broadcast
 from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.disk import Disk
 from megatron_distill.rollout.transports.switchboard import Call, Switchboard
-from megatron_distill.rollout.transports.tensor import SharedTensors
+from megatron_distill.rollout.transports.tensor import SharedTensors, has_room, largest_piece
 from megatron_distill.runtime.mesh import Mesh
 
 UPDATING = "updating"
@@ -45,11 +45,12 @@ _CONNECT_SECONDS = 10.0
 class SyncSettings:
     """How weights get to servers."""
 
-    transport: Literal["broadcast", "tensor", "disk"] = "broadcast"
+    transport: Literal["auto", "broadcast", "tensor", "disk"] = "auto"
     """`broadcast`: over a process group, gloo or NCCL; `tensor`: through shared memory of one machine; `disk`: through
-    a folder that trainer and servers share."""
-    bucket_mb: float = 256
-    """MiB of gathered tensors that a sending rank holds at most, besides one parameter."""
+    a folder that trainer and servers share. `auto`: `tensor` where that is the fastest, which is between CPUs of one
+    machine with enough shared memory, else `broadcast`."""
+    bucket_mb: float = 1024
+    """MiB of gathered tensors, or of shared memory, that a sending rank holds at most, besides one parameter."""
     timeout_seconds: float = 300
     """Longest that servers may take to join, to receive a bucket, or to read a folder."""
     host: str = "127.0.0.1"
@@ -99,8 +100,11 @@ class WeightSync:
         self._run_folder = run_folder
         self._transport: Transport | None = None
         self._canary: Canary | None = None
-        self._holds: dict[str, str] = {}
         self._addresses: tuple[Address, ...] = ()
+        self._servers: Switchboard | None = None
+        """On leaders, from one push to the next while addresses are the same."""
+        self._holds: dict[str, tuple[str, int]] = {}
+        """By server: the version that was last sent to it, and how many processes took it."""
 
     def push(self, student: Student, addresses: Sequence[Address], version: int) -> SyncReport:
         """The student's weights to all servers; collective.
@@ -115,37 +119,44 @@ class WeightSync:
                 again would fail in the same way.
         """
         begun = time.perf_counter()
-        self._addresses = self._crew.mesh.gather_objects(tuple(addresses))[0]
+        self._connect(self._crew.mesh.gather_objects(tuple(addresses))[0])
         if self._transport is None:
-            self._transport = self._build(student)
-        with self._connected(self._addresses) as servers:
-            shipment = self._shipment(student, version, servers)
+            self._transport = self._build(student, self._chosen(student))
+        try:
+            shipment = self._shipment(student, version)
             try:
                 sent = self._deliver(shipment, self._transport)
             finally:
                 self._transport.tidy()
             worst = self._check(student, shipment) if self._settings.canary else None
+        except BaseException:
+            self._hang_up()  # nothing that a server still answers belongs to the next push
+            raise
         total = sum(self._crew.mesh.gather_objects(sent))
         return SyncReport(bytes=total, seconds=time.perf_counter() - begun, canary=worst)
 
     def close(self) -> None:
         """Leave process groups, on servers too where they are still there; not collective."""
         if self._transport is not None:
-            with self._connected(self._addresses) as servers:
-                self._transport.close(servers)
+            self._connect(self._addresses)
+            self._transport.close(self._servers)
             self._transport = None
+        self._hang_up()
 
     # -- one push ----------------------------------------------------------------------------------------------------
 
-    def _shipment(self, student: Student, version: int, servers: Switchboard | None) -> Shipment:
+    def _shipment(self, student: Student, version: int) -> Shipment:
+        servers = self._servers
+
         def look() -> tuple[tuple[int, ...], bool]:
             if not self._crew.controls or servers is None:
                 return (), False
             self._check_addresses()
-            found = servers.ask(lambda client: client.weights(), "before new weights")
-            told = dict(zip(servers.urls, (one.weight_version for one in found), strict=True))
-            fresh = any(self._holds.get(url) != told[url] for url in told)
-            return tuple(one.tp_size for one in found), fresh
+            told = servers.ask(lambda client: client.version(), "before new weights")
+            known = [self._holds.get(url, ("", 0)) for url in servers.urls]
+            if [version for version, _ in known] == told:
+                return tuple(size for _, size in known), False
+            return tuple(servers.ask(lambda client: client.tp_size(), "before new weights")), True
 
         tp_sizes, fresh = self._crew.mesh.gather_objects(self._crew.agreed(look))[0]
         return Shipment(student=student, version=version, servers=servers, tp_sizes=tp_sizes, fresh=fresh)
@@ -170,7 +181,9 @@ class WeightSync:
         finally:
             if not ended:
                 self._put_right(shipment, transport, touched)
-        self._holds |= dict.fromkeys((address.url for address in self._addresses), str(shipment.version))
+        if shipment.servers is not None:
+            held = ((str(shipment.version), size) for size in shipment.tp_sizes)
+            self._holds |= dict(zip(shipment.servers.urls, held, strict=True))
         return sent
 
     def _control(self, shipment: Shipment, call: Call[object]) -> None:
@@ -206,10 +219,19 @@ class WeightSync:
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
-    def _build(self, student: Student) -> Transport:
+    def _chosen(self, student: Student) -> str:
+        """The setting, or what it leaves to choose: rank 0's choice on all ranks."""
+        if self._settings.transport != "auto":
+            return self._settings.transport
+        mesh, half = self._crew.mesh, round(self._settings.bucket_mb * 2**20) // 2
+        near = student.network.runtime.backend.device.type == "cpu" and not self._away()
+        fits = has_room(2 * largest_piece(student, half) * mesh.sizes.pp)
+        return mesh.gather_objects("tensor" if near and fits else "broadcast")[0]
+
+    def _build(self, student: Student, chosen: str) -> Transport:
         settings, backend = self._settings, student.network.runtime.backend
         bucket_bytes, seconds = round(settings.bucket_mb * 2**20), settings.timeout_seconds
-        match settings.transport:
+        match chosen:
             case "broadcast":
                 return Broadcast(self._crew, bucket_bytes, host=settings.host, seconds=seconds, device=backend.device)
             case "tensor":
@@ -219,24 +241,32 @@ class WeightSync:
                 if folder is None:
                     raise SyncError("transport=disk needs a folder: set folder to one that servers can read")
                 return Disk(self._crew, folder, seconds=seconds)
+        raise AssertionError(chosen)
+
+    def _away(self) -> list[str]:
+        """Servers that are on other machines, for all that can be seen."""
+        return [one.url for one in self._addresses if not is_loopback(urlsplit(one.url).hostname or "")]
 
     def _check_addresses(self) -> None:
-        away = [address.url for address in self._addresses if not is_loopback(urlsplit(address.url).hostname or "")]
-        if away and self._settings.transport == "tensor":
+        away = self._away()
+        if away and isinstance(self._transport, SharedTensors):
             raise SyncError(
                 f"transport=tensor shares memory, and {away[0]} is not on this machine's loopback: use broadcast, or "
                 "disk"
             )
-        if away and self._settings.transport == "broadcast" and is_loopback(self._settings.host):
+        if away and isinstance(self._transport, Broadcast) and is_loopback(self._settings.host):
             raise SyncError(
                 f"{away[0]} cannot join a weight group that listens at host={self._settings.host}: set host to an "
                 "address of this machine that servers reach, on a network that is yours alone"
             )
 
-    @contextlib.contextmanager
-    def _connected(self, addresses: Sequence[Address]) -> Iterator[Switchboard | None]:
+    def _connect(self, addresses: tuple[Address, ...]) -> None:
+        """To servers other than those of the last push."""
+        if self._servers is not None and self._addresses == addresses:
+            return
+        self._hang_up()
+        self._addresses = addresses
         if not self._crew.leads or not addresses:
-            yield None
             return
         seconds = self._settings.timeout_seconds
         limits = Limits(
@@ -245,8 +275,12 @@ class WeightSync:
             update_seconds=seconds,
             connect_seconds=min(seconds, _CONNECT_SECONDS),
         )
-        with Switchboard(addresses, limits) as servers:
-            yield servers
+        self._servers = Switchboard(addresses, limits)
+
+    def _hang_up(self) -> None:
+        if self._servers is not None:
+            self._servers.close()
+            self._servers = None
 
 
 async def _pause(client: Client) -> None:

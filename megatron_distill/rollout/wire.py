@@ -38,15 +38,6 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """The weights that a server holds."""
-
-    weight_version: str
-    tp_size: int
-    """Processes that share one copy of them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
     """What a server says of itself."""
 
@@ -61,7 +52,7 @@ class ServerInfo:
     longest: int
     """Prompt and response together."""
     tp_size: int
-    """As in `Held`."""
+    """Processes that share one copy of the weights."""
     version: str
     """Of SGLang."""
     settings: Mapping[str, Any]
@@ -83,24 +74,33 @@ def info(model: Any, server: Any, listed: Any, *, vocab_size: int) -> ServerInfo
     return ServerInfo(
         model_path=_part(model, "model_path", str),
         served_name=_part(model, "served_model_name", str),
-        weight_version=_part(model, "weight_version", str),
+        weight_version=weight_version(model),
         vocab_size=vocab_size,
         context_length=_part(_part(listed, "data", list)[0], "max_model_len", int),
         longest_prompt=most - RESERVED,
         longest=most + ROOM,
-        tp_size=_part(server, "tp_size", int),
+        tp_size=tp_size(server),
         version=_part(server, "version", str),
         settings={name: value for name, value in (model | server).items() if _public(name, value)},
     )
 
 
-def held(model: Any, server: Any) -> Held:
-    """What `/model_info` and `/server_info` tell of weights.
+def weight_version(model: Any) -> str:
+    """What `/model_info` calls the weights.
 
     Raises:
-        ValueError: something is missing.
+        ValueError: it does not tell.
     """
-    return Held(weight_version=_part(model, "weight_version", str), tp_size=_part(server, "tp_size", int))
+    return _part(model, "weight_version", str)
+
+
+def tp_size(server: Any) -> int:
+    """What `/server_info` says of how many processes share one copy of the weights.
+
+    Raises:
+        ValueError: it does not tell.
+    """
+    return _part(server, "tp_size", int)
 
 
 def _public(name: str, value: Any) -> bool:
@@ -235,16 +235,19 @@ def was_aborted(answer: Any) -> bool:
     return _part(_part(answer, "meta_info", dict), "finish_reason", dict).get("type") == "abort"
 
 
-def scores(answer: Any, given: Given, top_k: int, left_out: Sequence[int]) -> Scores:
-    """Log-probs in an answer to `scoring`, over the vocabulary without `left_out`, which ends it.
+def scores(answer: Any, given: Given, top_k: int, left_out: Sequence[int], vocab_size: int) -> Scores:
+    """Log-probs in an answer to `scoring`, over the vocabulary of `vocab_size` without `left_out`, which ends it.
 
     Raises:
         ValueError: anything about it is not as it should be; the text says what.
     """
     meta = _part(answer, "meta_info", dict)
     entries = _part(meta, "input_token_logprobs", list)[1:]
-    if [entry[1] for entry in entries] != list(given.tokens[given.start :]):
-        raise ValueError(f"{len(entries)} scored tokens, not the {len(given.tokens) - given.start} that were asked for")
+    # the last id is scored well, and then called 0
+    asked = [token if token < vocab_size - 1 else 0 for token in given.tokens[given.start :]]
+    found = [entry[1] for entry in entries]
+    if found != asked:
+        raise ValueError(f"scores of the {len(found)} tokens {_few(found)}, asked for the {len(asked)} {_few(asked)}")
     logp_R = np.array(_finite([entry[0] for entry in entries]), dtype=np.float32)
     ids_RK, top_logp_RK = _top(meta, len(entries), top_k) if top_k else (None, None)
     if left_out:
@@ -259,6 +262,10 @@ def scores(answer: Any, given: Given, top_k: int, left_out: Sequence[int]) -> Sc
         version=_part(meta, "weight_version", str),
         cached=int(meta.get("cached_tokens") or 0),
     )
+
+
+def _few(tokens: Sequence[int]) -> str:
+    return f"{list(tokens[:8])}{'...' if len(tokens) > 8 else ''}"
 
 
 def _top(meta: dict[str, Any], rows: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,11 +31,15 @@ def name_of(sizes: ParallelSizes) -> str:
     return f"tp={sizes.tp} pp={sizes.pp} dp={sizes.dp}{' sp' if sizes.sequence_parallel else ''}"
 
 
-def whole_and_stage(folder: Path, sizes: ParallelSizes) -> tuple[int, dict[str, Tensor], dict[str, Tensor]]:
+def whole_and_stage(folder: Path, sizes: ParallelSizes) -> tuple[tuple[int, int], dict[str, Tensor], dict[str, Tensor]]:
     with start(sizes, Precision()) as runtime:
         network = Network.load(folder, runtime)
         own = {name: tensor.clone() for name, tensor in network.stage_weights()}
-        return runtime.mesh.pp_rank, {name: tensor.clone() for name, tensor in network.weights()}, own
+        return (
+            (runtime.mesh.pp_rank, runtime.mesh.tp_rank),
+            {name: tensor.clone() for name, tensor in network.weights()},
+            own,
+        )
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=name_of)
@@ -47,11 +51,12 @@ def test_the_stages_together_are_the_model(
     by_rank = worlds(sizes.world).run(whole_and_stage, folder, sizes, init=False)
     whole = by_rank[0][1]
     for stage in range(sizes.pp):
-        copies = [own for at, _, own in by_rank if at == stage]
-        for other in copies[1:]:
-            assert list(other) == list(copies[0])
-            assert all(torch.equal(other[name], copies[0][name]) for name in other)
-    stages = [next(own for at, _, own in by_rank if at == stage) for stage in range(sizes.pp)]
+        copies = [(tp_rank, own) for (at, tp_rank), _, own in by_rank if at == stage]
+        first = next(own for tp_rank, own in copies if tp_rank == 0)
+        for tp_rank, other in copies:
+            assert list(other) == (list(first) if tp_rank == 0 else [])
+            assert all(torch.equal(other[name], first[name]) for name in other)
+    stages = [next(own for at, _, own in by_rank if at == (stage, 0)) for stage in range(sizes.pp)]
     assert [name for own in stages for name in own] == list(whole)  # none twice, none missing, in the same order
     assert all(torch.equal(own[name], whole[name]) for own in stages for name in own)
     assert ("lm_head.weight" in whole) is not tied
@@ -78,7 +83,7 @@ def most_held(folder: Path, sizes: ParallelSizes, bucket_bytes: int) -> tuple[in
 
     with start(sizes, Precision()) as runtime:
         network = Network.load(folder, runtime)
-        for bucket in buckets(watched(network.stage_weights()), bucket_bytes):
+        for bucket in buckets(watched(network.stage_weights()), bucket_bytes, lambda named: named[1].nbytes):
             held = sum(tensor.nbytes for _, tensor in bucket)
             assert held <= bucket_bytes or len(bucket) == 1
             del bucket
@@ -89,7 +94,9 @@ def most_held(folder: Path, sizes: ParallelSizes, bucket_bytes: int) -> tuple[in
 def test_no_more_is_held_than_a_bucket_and_one_parameter(worlds: Worlds, tmp_path: Path, sizes: ParallelSizes) -> None:
     folder = tiny_model(tmp_path / "model", "qwen3", layers=8, vocab_size=128)
     bucket_bytes = 64 * 1024
-    for most, largest, total in worlds(sizes.world).run(most_held, folder, sizes, bucket_bytes, init=False):
+    found = worlds(sizes.world).run(most_held, folder, sizes, bucket_bytes, init=False)
+    assert [total > 0 for _, _, total in found] == [rank % sizes.tp == 0 for rank in range(sizes.world)]
+    for most, largest, total in filter(any, found):
         print(f"{name_of(sizes)}: {most} bytes held, largest tensor {largest}, all {total}")
         # gate and up, or a layer's q, k and v, are one parameter
         assert most <= bucket_bytes + 2 * largest < total / 2

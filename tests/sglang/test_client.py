@@ -162,7 +162,8 @@ def test_what_would_kill_a_server_never_leaves(url: str) -> None:
 @pytest.mark.parametrize("valid", [None, 250])
 @pytest.mark.parametrize("top_k", [0, 5, 250])
 def test_scores_are_those_of_a_whole_pass(url: str, model: Any, valid: int | None, top_k: int) -> None:
-    given = [Given(tokens=tuple(range(3, 40 + 10 * index)), start=20 + index) for index in range(3)]
+    last = (valid or model.config.vocab_size) - 1  # which a server calls 0
+    given = [Given(tokens=(*range(3, 40 + 10 * index), last, 9), start=20 + index) for index in range(3)]
 
     async def ask() -> list[Any]:
         async with Fleet([client(url, valid_vocab=valid)]) as fleet:

@@ -59,7 +59,7 @@ PART = SGLang(
     probe_seconds=5,
     silent_seconds=20,
     most_restarts=3,
-    sync=SyncSettings(timeout_seconds=60),
+    sync=SyncSettings(transport="broadcast", timeout_seconds=60),
 )
 
 

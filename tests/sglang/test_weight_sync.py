@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_distill.data.packing import pack
 from megatron_distill.errors import SyncError, WrongWeights
+from megatron_distill.models.hf.stage import Slice
 from megatron_distill.models.optimizer import OptimizerSection
 from megatron_distill.models.student import Student, StudentSection
 from megatron_distill.objectives.base import Scope
@@ -248,7 +249,7 @@ def push_less_than_all(folder: Path, sizes: ParallelSizes, settings: SyncSetting
 
 
 def test_the_canary_sees_a_tensor_that_did_not_arrive(worlds: Worlds, served: ServerGroup, tiny_served: Path) -> None:
-    settings = SyncSettings(timeout_seconds=60)
+    settings = SyncSettings(transport="broadcast", timeout_seconds=60)
     for error in worlds(2).run(
         push_less_than_all, tiny_served, LAYOUTS["pp=2"], settings, served.urls, init=False, timeout=120
     ):
@@ -282,7 +283,7 @@ def listening(
 
 
 def test_the_weight_group_listens_on_loopback_alone(worlds: Worlds, served: ServerGroup, tiny_served: Path) -> None:
-    settings = SyncSettings(timeout_seconds=60)
+    settings = SyncSettings(transport="broadcast", timeout_seconds=60)
     pids = [process.pid for process in served.processes]
     for mine, theirs in worlds(2).run(
         listening, tiny_served, LAYOUTS["pp=2"], settings, served.urls, pids, init=False, timeout=120
@@ -300,7 +301,7 @@ def full_disk(
     """A push that finds no room: the error, how servers then agree with the old weights; and after a push with room."""
     with syncing(folder, sizes, settings) as (runtime, student, sync):
         addresses = [Address(url) for url in urls]
-        before = WeightSync(SyncSettings(timeout_seconds=60), runtime.mesh)
+        before = WeightSync(SyncSettings(transport="broadcast", timeout_seconds=60), runtime.mesh)
         before.push(student, addresses, 0)
         old = [Canary(row).from_trainer(student) for row in ROWS]
         learn(student, runtime, 1)
@@ -363,11 +364,17 @@ class Breaking(Student):
     """A student in the middle of whose stream something happens to a server."""
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for number, named in enumerate(super().stage_weights()):
+        return self.breaking(super().stage_weights())
+
+    def stage_slices(self) -> Iterator[Slice]:
+        return self.breaking(super().stage_slices())
+
+    def breaking[T](self, stream: Iterator[T]) -> Iterator[T]:
+        for number, one in enumerate(stream):
             if number == 20 and BREAK and self.mesh.rank == 0:
                 os.killpg(*BREAK.pop())
                 time.sleep(0.5)
-            yield named
+            yield one
 
 
 BREAK: list[tuple[int, int]] = []

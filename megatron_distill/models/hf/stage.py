@@ -6,7 +6,8 @@ gives them; so neither pipeline stages nor their interleaving are seen here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -182,23 +183,88 @@ def gather_over(
     return shards
 
 
-def gather_stage(
-    parameters: Mapping[str, Tensor], tp_group: ProcessGroup | None
-) -> Callable[[Rule], Sequence[Tensor] | None]:
-    """The `shards` of `mapping.export` for one pipeline stage alone: None for what other stages hold.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """What this rank holds of a whole Hugging Face tensor."""
 
-    Collective over the stage's tensor-parallel ranks whenever its result is called, and over nobody else.
+    plan: TensorPlan
+    """The whole tensor."""
+    dim: int | None
+    """Cut over tensor-parallel ranks; None: every rank holds all of it."""
+    extents: tuple[tuple[int, int], ...]
+    """Where each rank's part starts and stops along `dim`."""
+    rank: int
+    """This one's place among them."""
+    own: Tensor
+
+    def place(self, whole: Tensor) -> None:
+        """Put this rank's part where it belongs; what all hold is put there by the first."""
+        if self.dim is not None:
+            self.part(whole, self.rank).copy_(self.own)
+        elif self.rank == 0:
+            whole.copy_(self.own)
+
+    def part(self, whole: Tensor, rank: int) -> Tensor:
+        """A rank's part of `whole`, which is cut."""
+        assert self.dim is not None
+        start, stop = self.extents[rank]
+        return whole.narrow(self.dim, start, stop - start)
+
+
+def stage_slices(parameters: Mapping[str, Tensor], spec: ModelSpec, tp_rank: int, tp_size: int) -> Iterator[Slice]:
+    """This rank's part of each tensor of its pipeline stage, in the order of `plan_stage`; sends nothing."""
+    for rule in rules(spec, uses_te_names(parameters)):
+        if not rule.exported or rule.name not in parameters:
+            continue
+        local = parameters[rule.name].detach()
+        parts = list(rule.split(local))
+        for index, (name, shape) in enumerate(zip(rule.hf, rule.shapes, strict=True)):
+            own = parts.pop(0)  # each is let go before the next one comes
+            extents: tuple[tuple[int, int], ...] = ()
+            if rule.dim is not None:
+                extents = tuple(rule.extent(index, rank, tp_size, local.shape[0]) for rank in range(tp_size))
+                start, stop = extents[tp_rank]
+                own = own.narrow(rule.dim, 0, stop - start)  # a vocabulary's padding is left out
+            yield Slice(plan=TensorPlan(name, shape, local.dtype), dim=rule.dim, extents=extents, rank=tp_rank, own=own)
+            del own
+
+
+def gather_first(slices: Iterable[Slice], tp_group: ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors by name on the first of the tensor-parallel ranks; the others' stream is empty.
+
+    Collective over them: the others send while they run through it. A slice of rows arrives where it belongs; nothing
+    that all hold is sent.
     """
+    for one in slices:
+        if one.dim is None or tp_group is None:
+            if one.rank == 0:
+                yield one.plan.name, one.own
+        elif one.rank > 0:
+            if one.own.numel():
+                dist.send(one.own.contiguous(), group=tp_group, group_dst=0)
+        else:
+            yield one.plan.name, _received(one, tp_group)
+        del one
 
-    def shards(rule: Rule) -> Sequence[Tensor] | None:
-        local = parameters.get(rule.name)
-        return None if local is None else _over_tp(rule, local, tp_group)
 
-    return shards
+def _received(own: Slice, tp_group: ProcessGroup) -> Tensor:
+    whole = own.own.new_empty(own.plan.shape)
+    arriving = []
+    for rank in range(1, len(own.extents)):
+        place = own.part(whole, rank)
+        if place.numel():
+            part = place if place.is_contiguous() else torch.empty_like(place)
+            arriving.append((dist.irecv(part, group=tp_group, group_src=rank), part, place))
+    own.place(whole)
+    for work, part, place in arriving:
+        work.wait()
+        if part is not place:
+            place.copy_(part)
+    return whole
 
 
 def plan_stage(parameters: Mapping[str, Tensor], spec: ModelSpec) -> list[TensorPlan]:
-    """What `export` will make of `gather_stage`, in its order; gathers nothing."""
+    """The whole tensors of a pipeline stage, in the order of `stage_slices`; not collective."""
     return [
         TensorPlan(name, shape, parameters[rule.name].dtype)
         for rule in rules(spec, uses_te_names(parameters))

@@ -270,7 +270,7 @@ class LiveFleet:
         for address in addresses:
             client = self._clients[address.url]
             try:
-                held = (await client.weights()).weight_version
+                held = await client.version()
                 if held not in (UNNAMED, str(self._version)):
                     return SyncError(
                         f"{address.url}: holds weights {held!r} that somebody gave it, not those that it was started "

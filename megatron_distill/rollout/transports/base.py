@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from megatron_distill.rollout.transports.buckets import Bucket, buckets
+from megatron_distill.rollout.transports.buckets import Bucket
 from megatron_distill.rollout.transports.crew import Crew, HoldsStageWeights
 from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
 
@@ -77,16 +75,15 @@ class Bucketed(Transport):
     def send(self, shipment: Shipment) -> int:
         self._sent = 0
 
-        def take(weights: Iterator[tuple[str, Tensor]]) -> None:
-            self._take(weights, shipment)
+        def take(filled: Iterator[Bucket]) -> None:
+            self._take(filled, shipment)
 
-        self.crew.in_turn(lambda: self.crew.stream(shipment.student, take))
+        self.crew.in_turn(lambda: self.crew.stream(self.fill(shipment), take))
         return self._sent
 
-    def _take(self, weights: Iterator[tuple[str, Tensor]], shipment: Shipment) -> None:
+    def _take(self, filled: Iterator[Bucket], shipment: Shipment) -> None:
         under_way = None
-        for bucket in buckets(weights, self.bucket_bytes // 2):
-            self.load(bucket, shipment)
+        for bucket in filled:
             if under_way is not None:
                 self.land(under_way, shipment)
             self._sent += sum(tensor.nbytes for _, tensor in bucket)
@@ -99,8 +96,9 @@ class Bucketed(Transport):
         pass
 
     @abstractmethod
-    def load(self, bucket: Bucket, shipment: Shipment) -> None:
-        """Make it ready while the one before is under way."""
+    def fill(self, shipment: Shipment) -> Iterator[Bucket]:
+        """Whole tensors of this stage on its leader, each bucket while the one before is under way, the one before
+        that has landed; collective over the stage's tensor-parallel ranks."""
 
     @abstractmethod
     def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:

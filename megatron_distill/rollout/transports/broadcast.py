@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from megatron_distill.errors import RequestRefused, SyncError
 from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
-from megatron_distill.rollout.transports.buckets import Bucket
+from megatron_distill.rollout.transports.buckets import Bucket, buckets
 from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.switchboard import GRACE_SECONDS, Asked, Switchboard
 
@@ -70,8 +70,8 @@ class Broadcast(Bucketed):
             servers, shipment.tp_sizes, host=self._host, seconds=self._seconds, device=self._device
         )
 
-    def load(self, bucket: Bucket, shipment: Shipment) -> None:
-        pass  # tensors are sent from where they are
+    def fill(self, shipment: Shipment) -> Iterator[Bucket]:
+        return buckets(shipment.student.stage_weights(), self.bucket_bytes // 2, lambda named: named[1].nbytes)
 
     def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
         group, servers = self._group, shipment.servers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
@@ -11,21 +11,21 @@ type Named = tuple[str, Tensor]
 type Bucket = list[Named]
 
 
-def buckets(weights: Iterable[Named], most_bytes: int) -> Iterator[Bucket]:
-    """Neighbours of the stream, at most `most_bytes` together; a larger tensor comes alone.
+def buckets[T](stream: Iterable[T], most_bytes: int, bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours of the stream, at most `most_bytes` together; what is larger comes alone.
 
     The generator keeps nothing of a bucket that it has handed out.
     """
-    stream = iter(weights)
-    pending: Bucket = []
+    pending: list[T] = []
     held = 0
-    for name, tensor in stream:
-        if pending and held + tensor.nbytes > most_bytes:
+    for one in stream:
+        size = bytes_of(one)
+        if pending and held + size > most_bytes:
             full, pending, held = pending, [], 0
             yield full
             del full
-        pending.append((name, tensor))
-        held += tensor.nbytes
-        del tensor
+        pending.append(one)
+        held += size
+        del one
     if pending:
         yield pending

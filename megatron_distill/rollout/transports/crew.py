@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_distill.errors import DistillError, SyncError
 from megatron_distill.models.hf.io import TensorPlan
+from megatron_distill.models.hf.stage import Slice
 from megatron_distill.runtime.mesh import Mesh
 
 
@@ -16,7 +17,11 @@ class HoldsStageWeights(Protocol):
     """A sharded model."""
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors of this pipeline stage; collective over its tensor-parallel ranks."""
+        """Whole tensors of this pipeline stage, on the first of its tensor-parallel ranks; collective over those."""
+        ...
+
+    def stage_slices(self) -> Iterator[Slice]:
+        """What this rank holds of each of them; not collective."""
         ...
 
     def stage_plan(self) -> list[TensorPlan]:
@@ -62,20 +67,19 @@ class Crew:
         for stage in range(self.mesh.sizes.pp):
             self.agreed(work if self.mesh.pp_rank == stage else _nothing)
 
-    def stream(self, student: HoldsStageWeights, take: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
-        """The stage's tensors go to `take` on its leader; the ranks that share them take part in every gather.
+    def stream[T](self, items: Iterator[T], take: Callable[[Iterator[T]], None]) -> None:
+        """What a stage's ranks make together goes to `take` on their leader; the others take part in making it.
 
         Not collective over all ranks but over the stage's tensor-parallel ones.
         """
         if not self.gathers:
             return
-        weights = student.stage_weights()
         try:
             if self.leads:
-                take(weights)
+                take(items)
         finally:
-            for _ in weights:
-                pass  # the others are in the same gathers: whatever happened here, they must come to an end
+            for _ in items:
+                pass  # the others are in the same exchanges: whatever happened here, they must come to an end
 
 
 def _nothing() -> None:

@@ -102,7 +102,7 @@ class Disk(Transport):
                 file.close()
             self._bytes = sum(tensor.bytes for tensor in planned)
 
-        self.crew.stream(shipment.student, take)
+        self.crew.stream(shipment.student.stage_weights(), take)
 
     def _on_disk(self, work: Callable[[], None]) -> None:
         try:

@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from megatron_distill.errors import RequestTimedOut, ServerError, ServerFailed, ServerLost, SyncError
 from megatron_distill.rollout.sglang import Address, Client, Limits
@@ -22,20 +21,18 @@ type Call[T] = Callable[[Client], Coroutine[Any, Any, T]]
 
 
 class Switchboard:
-    """A client of each server, in an event loop of their own in a thread of its own; a context manager."""
+    """A client of each server, in an event loop of their own in a thread of its own, until `close`."""
 
     def __init__(self, addresses: Sequence[Address], limits: Limits) -> None:
         self.urls = tuple(address.url for address in addresses)
         self._clients = [Client(address, limits=limits) for address in addresses]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="weight-sync", daemon=True)
-
-    def __enter__(self) -> Self:
         self._thread.start()
         self._wait_for(self._open())
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Hang up; what is still being asked is given up."""
         self._wait_for(self._shut())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

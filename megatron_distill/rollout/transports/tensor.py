@@ -11,21 +11,24 @@ import io
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.multiprocessing.reductions import reduce_storage, reduce_tensor, reduce_typed_storage
 
 from megatron_distill.errors import SyncError
+from megatron_distill.models.hf.io import TensorPlan
 from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
-from megatron_distill.rollout.transports.buckets import Bucket
-from megatron_distill.rollout.transports.crew import Crew
+from megatron_distill.rollout.transports.buckets import Bucket, buckets
+from megatron_distill.rollout.transports.crew import Crew, HoldsStageWeights
 from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
 
 SHARED = Path("/dev/shm")
@@ -34,38 +37,48 @@ _ALIGNED = 64
 
 
 class SharedTensors(Bucketed):
-    """Two pieces of shared memory in turn: servers read one while the other is filled."""
+    """Two pieces of shared memory in turn: servers read one while the other is filled.
+
+    Nothing is gathered: every tensor-parallel rank writes its slices where servers will read them.
+    """
 
     def __init__(self, crew: Crew, bucket_bytes: int, *, seconds: float) -> None:
         super().__init__(crew, bucket_bytes)
         self._seconds = seconds
-        self._buffers: list[Tensor] = []
-        self._payloads: dict[str, list[str]] = {}
+        self._pieces: list[Tensor] = []
+        """The same two on all tensor-parallel ranks of a stage."""
+        self._one_machine = False
 
     def prepare(self, shipment: Shipment) -> None:
-        pass
+        if not self._one_machine:
+            found = self.crew.mesh.gather_objects(_memory_of_this_machine())
+            if len(set(found)) > 1:
+                raise SyncError(
+                    "transport=tensor shares memory, and the trainer's ranks are on several machines, or in "
+                    "containers that share none: use broadcast, or disk"
+                )
+            self._one_machine = True
 
-    def load(self, bucket: Bucket, shipment: Shipment) -> None:
-        room = sum(_aligned(tensor.nbytes) for _, tensor in bucket)
-        buffer = self._next_buffer(max(room, self.bucket_bytes // 2))
-        placed: Bucket = []
-        start = 0
-        for name, tensor in bucket:
-            view = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            view.copy_(tensor)
-            placed.append((name, view))
-            start += _aligned(tensor.nbytes)
+    def fill(self, shipment: Shipment) -> Iterator[Bucket]:
+        half, tp_group = self.bucket_bytes // 2, self.crew.mesh.tp_group
+        self._share(largest_piece(shipment.student, half))
+        for turn, slices in enumerate(buckets(shipment.student.stage_slices(), half, lambda one: one.plan.bytes)):
+            placed = _places([one.plan for one in slices], self._pieces[turn % 2])
+            _all_here(tp_group)  # so the leader is: no server reads this piece any more
+            for one, (_, whole) in zip(slices, placed, strict=True):
+                one.place(whole)
+            del slices, one
+            _all_here(tp_group)
+            yield placed
+
+    def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
         servers = shipment.servers
         assert servers is not None
         # whoever unpickles gives one reference back, so that each process of each server needs a pickle of its own
-        self._payloads = {
-            url: [pickled(placed) for _ in range(size)]
+        payloads = {
+            url: [pickled(bucket) for _ in range(size)]
             for url, size in zip(servers.urls, shipment.tp_sizes, strict=True)
         }
-
-    def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
-        payloads, servers = self._payloads, shipment.servers
-        assert servers is not None
 
         async def hand_over(client: Client) -> None:
             await client.update_tensor(payloads[client.url], timeout=self._seconds)
@@ -73,20 +86,67 @@ class SharedTensors(Bucketed):
         return servers.begin(hand_over)
 
     def forget(self) -> None:
-        self._buffers = []  # a server that hangs may still hold them: never written again, gone with the last holder
+        self._pieces = []  # a server that hangs may still hold them: never written again, gone with the last holder
 
     def close(self, servers: Switchboard | None) -> None:
         self.forget()
 
-    def _next_buffer(self, room: int) -> Tensor:
-        """The piece that no server reads: that of the bucket before the last."""
-        if len(self._buffers) == 2:
-            self._buffers.reverse()
-            if self._buffers[0].nbytes >= room:
-                return self._buffers[0]
-            self._buffers.pop(0)
-        self._buffers.insert(0, shared(room))
-        return self._buffers[0]
+    def _share(self, room: int) -> None:
+        """Two pieces of at least `room` bytes, the same ones on all tensor-parallel ranks; collective over those."""
+        if self._pieces and self._pieces[0].nbytes >= room:
+            return
+        self.forget()
+        mesh = self.crew.mesh
+        told: list[list[str] | None] = [None] * mesh.sizes.tp
+        failed = None
+        if self.crew.leads:
+            try:
+                self._pieces = [shared(room), shared(room)]
+                told = [[pickled([("", piece)]) for piece in self._pieces] for _ in told]
+            except SyncError as error:
+                failed = error
+        if mesh.tp_group is not None:
+            dist.broadcast_object_list(told, group=mesh.tp_group, group_src=0)
+        if failed is not None:
+            raise failed
+        mine = told[mesh.tp_rank]
+        if mine is None:
+            raise SyncError("the stage's first rank has no shared memory")  # which says so itself
+        if not self.crew.leads:
+            with by_name(), _kept_from_children():
+                self._pieces = [pickle.loads(base64.b64decode(name))[0][1] for name in mine]
+
+
+def _memory_of_this_machine() -> tuple[str, int]:
+    """Equal for processes that can share memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return boot, SHARED.stat().st_dev
+
+
+def _all_here(tp_group: ProcessGroup | None) -> None:
+    if tp_group is not None:
+        dist.barrier(group=tp_group)
+
+
+def _places(plans: Sequence[TensorPlan], piece: Tensor) -> Bucket:
+    """Whole tensors in a piece of memory, one after another."""
+    placed: Bucket = []
+    start = 0
+    for plan in plans:
+        placed.append((plan.name, piece[start : start + plan.bytes].view(plan.dtype).view(plan.shape)))
+        start += _aligned(plan.bytes)
+    return placed
+
+
+def largest_piece(student: HoldsStageWeights, most_bytes: int) -> int:
+    """Bytes of the largest bucket of this rank's stage."""
+    planned = buckets(student.stage_plan(), most_bytes, lambda plan: plan.bytes)
+    return max((sum(_aligned(plan.bytes) for plan in plans) for plans in planned), default=0)
+
+
+def has_room(room: int) -> bool:
+    """Whether so much shared memory is free on this machine."""
+    return shutil.disk_usage(SHARED).free > room
 
 
 def shared(room: int) -> Tensor:
@@ -95,8 +155,8 @@ def shared(room: int) -> Tensor:
     Raises:
         SyncError: there is not so much shared memory; touching what is not there would kill the process.
     """
-    free = shutil.disk_usage(SHARED).free
-    if free < room:
+    if not has_room(room):
+        free = shutil.disk_usage(SHARED).free
         raise SyncError(
             f"{SHARED}: {free / 2**20:.0f} MiB of shared memory are free, a bucket takes {room / 2**20:.0f}: make "
             "bucket_mb smaller, give the container more (--shm-size), or use transport=broadcast"

@@ -114,7 +114,7 @@ def test_a_version_that_is_no_number_of_steps_is_unknown(version: str) -> None:
 
 
 def test_scores_are_those_of_the_response_alone() -> None:
-    found = wire.scores(scored(), GIVEN, top_k=2, left_out=())
+    found = wire.scores(scored(), GIVEN, top_k=2, left_out=(), vocab_size=131)
     np.testing.assert_allclose(found.logprobs, [-7.7557487, -5.5821838], rtol=1e-6)
     assert found.top_ids is not None
     assert found.top_logprobs is not None
@@ -124,10 +124,19 @@ def test_scores_are_those_of_the_response_alone() -> None:
     assert (found.version, found.cached) == ("3", 1)
 
 
+def test_the_last_id_of_the_vocabulary_is_told_as_0() -> None:
+    answer = scored()
+    given = Given(tokens=(*GIVEN.tokens[:-1], 130), start=GIVEN.start)
+    with pytest.raises(ValueError, match=r"asked for the 2 \[7, 0\]"):
+        wire.scores(answer, given, top_k=2, left_out=(), vocab_size=131)
+    answer["meta_info"]["input_token_logprobs"][-1][1] = 0
+    assert wire.scores(answer, given, top_k=2, left_out=(), vocab_size=131).logprobs.shape == (2,)
+
+
 def test_ids_left_out_are_left_out_of_normaliser_and_top_k() -> None:
     answer = scored()
     answer["meta_info"]["input_token_ids_logprobs"] = [None, [[np.log(0.2), 130, None]], [[np.log(0.5), 130, None]]]
-    found = wire.scores(answer, GIVEN, top_k=2, left_out=(130,))
+    found = wire.scores(answer, GIVEN, top_k=2, left_out=(130,), vocab_size=131)
     np.testing.assert_allclose(found.logprobs, np.array([-7.7557487, -5.5821838]) - np.log([0.8, 0.5]), rtol=1e-6)
     assert found.top_ids is not None
     assert found.top_logprobs is not None
@@ -140,8 +149,14 @@ def test_ids_left_out_are_left_out_of_normaliser_and_top_k() -> None:
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (change("meta_info.input_token_logprobs", [[None, 6], [-1.0, 7]]), "1 scored tokens, not the 2"),
-        (change("meta_info.input_token_logprobs", [[None, 6], [-1.0, 7], [-1.0, 9]]), "not the 2 that were asked"),
+        (
+            change("meta_info.input_token_logprobs", [[None, 6], [-1.0, 7]]),
+            r"1 tokens \[7\], asked for the 2 \[7, 8\]",
+        ),
+        (
+            change("meta_info.input_token_logprobs", [[None, 6], [-1.0, 7], [-1.0, 9]]),
+            r"\[7, 9\], asked for the 2 \[7, 8\]",
+        ),
         (change("meta_info.input_top_logprobs_shape", [2, 3]), r"shape \(2, 3\), expected \(2, 2\)"),
         (change("meta_info.input_top_logprobs_val_flat_b64", "!!"), "no base64"),
         (change("meta_info.input_top_logprobs_val_flat_b64", b64encode(b"1234").decode()), "1 numbers, expected 2 x 2"),
@@ -153,7 +168,7 @@ def test_spoiled_scores_are_refused_in_words(spoil: Callable[[Any], None], told:
     answer = scored()
     spoil(answer)
     with pytest.raises(ValueError, match=told):
-        wire.scores(answer, GIVEN, top_k=2, left_out=())
+        wire.scores(answer, GIVEN, top_k=2, left_out=(), vocab_size=131)
 
 
 def test_greedy_and_all_are_said_as_the_server_says_them() -> None:

@@ -26,3 +26,9 @@ class TorchCpuPlatform(SRTPlatform, CpuDeviceMixin):
     def get_torch_distributed_backend_str(self) -> str:
         """What ranks of one server talk over."""
         return "gloo"
+
+    def empty_cache(self) -> None:
+        """Nothing: memory goes back by itself. The default collects garbage, which takes half a second.
+
+        Servers call this before and after new weights arrive, and whenever they have had nothing to do for a while.
+        """
