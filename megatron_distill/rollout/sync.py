@@ -32,7 +32,7 @@ from megatron_distill.rollout.transports.broadcast import Broadcast
 from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.disk import Disk
 from megatron_distill.rollout.transports.switchboard import Call, Switchboard
-from megatron_distill.rollout.transports.tensor import SharedTensors, has_room, largest_piece
+from megatron_distill.rollout.transports.tensor import SharedTensors, free_bytes, largest_piece, shared_memory
 from megatron_distill.runtime.mesh import Mesh
 
 UPDATING = "updating"
@@ -48,7 +48,7 @@ class SyncSettings:
     transport: Literal["auto", "broadcast", "tensor", "disk"] = "auto"
     """`broadcast`: over a process group, gloo or NCCL; `tensor`: through shared memory of one machine; `disk`: through
     a folder that trainer and servers share. `auto`: `tensor` where that is the fastest, which is between CPUs of one
-    machine with enough shared memory, else `broadcast`."""
+    machine with enough shared memory and servers that the run has started, else `broadcast`."""
     bucket_mb: float = 1024
     """MiB of gathered tensors, or of shared memory, that a sending rank holds at most, besides one parameter."""
     timeout_seconds: float = 300
@@ -223,10 +223,12 @@ class WeightSync:
         """The setting, or what it leaves to choose: rank 0's choice on all ranks."""
         if self._settings.transport != "auto":
             return self._settings.transport
-        mesh, half = self._crew.mesh, round(self._settings.bucket_mb * 2**20) // 2
-        near = student.network.runtime.backend.device.type == "cpu" and not self._away()
-        fits = has_room(2 * largest_piece(student, half) * mesh.sizes.pp)
-        return mesh.gather_objects("tensor" if near and fits else "broadcast")[0]
+        half = round(self._settings.bucket_mb * 2**20) // 2
+        on_cpu = student.network.runtime.backend.device.type == "cpu"
+        needed = 2 * largest_piece(student, half) if self._crew.leads else 0
+        found = self._crew.mesh.gather_objects((shared_memory(), free_bytes(), needed))
+        near = on_cpu and not self._away() and len({memory for memory, _, _ in found}) == 1
+        return "tensor" if near and sum(each for _, _, each in found) < found[0][1] else "broadcast"
 
     def _build(self, student: Student, chosen: str) -> Transport:
         settings, backend = self._settings, student.network.runtime.backend

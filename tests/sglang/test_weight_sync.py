@@ -178,6 +178,20 @@ def test_servers_follow_three_updates(
     assert list(tmp_path.iterdir()) == []  # nothing stays on disk
 
 
+def taken(folder: Path, sizes: ParallelSizes, urls: list[str]) -> str:
+    """The kind of transport that a push takes where none is asked for."""
+    with syncing(folder, sizes, SyncSettings(timeout_seconds=60)) as (_, student, sync):
+        sync.push(student, [Address(url) for url in urls], 0)
+        return type(sync._transport).__name__
+
+
+def test_between_cpus_of_one_machine_weights_go_through_shared_memory(
+    worlds: Worlds, served: ServerGroup, tiny_served: Path
+) -> None:
+    found = worlds(2).run(taken, tiny_served, LAYOUTS["tp=2"], served.urls, init=False, timeout=120)
+    assert found == ["SharedTensors"] * 2
+
+
 def push_under_requests(
     folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str]
 ) -> tuple[float, list[Completion]]:

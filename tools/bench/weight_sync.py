@@ -5,7 +5,8 @@
 Both in the same world of two ranks, in turn: `push` sends all weights of a model to one server; `broadcast` is
 `torch.distributed.broadcast` of the same tensors, one after another, from rank 0 to rank 1, into memory that is there
 already and has been used before. A push does more: it gathers shards, stops the server, announces buckets over HTTP,
-and the server loads what it got into its own layout. The bar is a share of the plain broadcast's speed nevertheless.
+and the server loads what it got into its own layout. The bar is a share of the plain broadcast's speed nevertheless,
+for the transport that `sync.transport=auto` takes here: shared memory. The others are measured beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from megatron_distill.testing.world import Worlds
 from tools.bench.machine import write_results
 
 BAR = 0.8
-"""Least share of the plain broadcast's MB/s, for the transport that is one: `broadcast`."""
+"""Least share of the plain broadcast's MB/s."""
+TAKEN = "tensor"
+"""What `auto` takes between CPUs of one machine."""
 ROUNDS, WARM_UP = 7, 2
 LAYOUTS = {"tp=1": ParallelSizes(dp=2), "tp=2": ParallelSizes(tp=2)}
 """Of two ranks: with tp=1 the second only receives the plain broadcast."""
@@ -52,7 +55,7 @@ class Size:
     """Of the model; about as wide as a real one's layers, so that tensors are as large as theirs, and few of them."""
 
     hidden: int = 1024
-    layers: int = 4
+    layers: int = 20
     vocab: int = 16384
 
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bars = [
         {"layout": run["layout"], "ratio": run["ratio"], "at_least": BAR, "passed": run["ratio"] >= BAR}
         for run in runs
-        if run["transport"] == "broadcast"
+        if run["transport"] == TAKEN
     ]
     if not chosen.no_write:
         path = write_results(
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "rounds": {"counted": chosen.rounds, "not_counted": WARM_UP},
                 "model": asdict(size),
                 "bucket_mb": chosen.bucket_mb,
-                "bars": bars,
+                "bars": {"transport": TAKEN, "by_layout": bars},
                 "passed": all(bar["passed"] for bar in bars),
                 "runs": runs,
             },

@@ -7,7 +7,7 @@ meets, results or trouble, it tells the others, so that every rank returns the s
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -139,9 +139,11 @@ class SGLangEngine:
         on_first_rank(serving.ranks, begin)
         self._folder = serving.folder
         self._leaves = bool(part.urls)
-        self._sync = (
-            None if serving.mesh is None else WeightSync(part.sync, serving.mesh, run_folder=serving.run_folder)
-        )
+        sync = part.sync
+        if part.urls and sync.transport == "auto":
+            # an address of this machine may lead into a container, which shares no memory
+            sync = replace(sync, transport="broadcast")
+        self._sync = None if serving.mesh is None else WeightSync(sync, serving.mesh, run_folder=serving.run_folder)
 
     @property
     def needs_weights(self) -> bool:

@@ -1,7 +1,8 @@
 """Weights through shared memory, to servers on the same machine: no process group, no copy over a socket.
 
 What travels over HTTP is the name of a piece of shared memory and where in it each tensor lies, in the form that the
-server unpickles (it takes nothing but names of tensors' building functions from a pickle; we take none from it).
+server unpickles (it takes nothing but names of tensors' building functions from a pickle). The trainer's own ranks tell
+each other in the same way, through torch.distributed; nothing that a server says is ever unpickled.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class SharedTensors(Bucketed):
 
     def prepare(self, shipment: Shipment) -> None:
         if not self._one_machine:
-            found = self.crew.mesh.gather_objects(_memory_of_this_machine())
+            found = self.crew.mesh.gather_objects(shared_memory())
             if len(set(found)) > 1:
                 raise SyncError(
                     "transport=tensor shares memory, and the trainer's ranks are on several machines, or in "
@@ -102,7 +103,8 @@ class SharedTensors(Bucketed):
         if self.crew.leads:
             try:
                 self._pieces = [shared(room), shared(room)]
-                told = [[pickled([("", piece)]) for piece in self._pieces] for _ in told]
+                # one for each that will open it, as in `launch`
+                told = [[pickled([("", piece)]) for piece in self._pieces] if rank else [] for rank in range(len(told))]
             except SyncError as error:
                 failed = error
         if mesh.tp_group is not None:
@@ -117,8 +119,8 @@ class SharedTensors(Bucketed):
                 self._pieces = [pickle.loads(base64.b64decode(name))[0][1] for name in mine]
 
 
-def _memory_of_this_machine() -> tuple[str, int]:
-    """Equal for processes that can share memory."""
+def shared_memory() -> tuple[str, int]:
+    """Whose it is: equal for processes that can share some."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return boot, SHARED.stat().st_dev
 
@@ -144,9 +146,9 @@ def largest_piece(student: HoldsStageWeights, most_bytes: int) -> int:
     return max((sum(_aligned(plan.bytes) for plan in plans) for plans in planned), default=0)
 
 
-def has_room(room: int) -> bool:
-    """Whether so much shared memory is free on this machine."""
-    return shutil.disk_usage(SHARED).free > room
+def free_bytes() -> int:
+    """Of this machine's shared memory."""
+    return shutil.disk_usage(SHARED).free
 
 
 def shared(room: int) -> Tensor:
@@ -155,8 +157,7 @@ def shared(room: int) -> Tensor:
     Raises:
         SyncError: there is not so much shared memory; touching what is not there would kill the process.
     """
-    if not has_room(room):
-        free = shutil.disk_usage(SHARED).free
+    if (free := free_bytes()) < room:
         raise SyncError(
             f"{SHARED}: {free / 2**20:.0f} MiB of shared memory are free, a bucket takes {room / 2**20:.0f}: make "
             "bucket_mb smaller, give the container more (--shm-size), or use transport=broadcast"
