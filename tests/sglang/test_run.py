@@ -94,7 +94,7 @@ def stopped(workplace: Path) -> Ended:
     """The run that loses a server while no restart is allowed."""
     process = begin(workplace, "megatron_distill.cli", "train", "run.yaml", "rollout.engine.most_restarts=0")
     try:
-        while len(steps_of(workplace)) < 5:
+        while len(steps_of(workplace / "out")) < 5:
             assert process.poll() is None, ended(process).said
             time.sleep(0.1)
         servers = servers_of(process)
@@ -126,15 +126,38 @@ def test_a_lost_server_ends_the_run_with_a_message_and_a_checkpoint(workplace: P
 
 def test_the_run_goes_on_without_a_lost_or_doubled_step_or_prompt(workplace: Path, finished: Ended) -> None:
     assert finished.code == 0, finished.said
-    assert [line["step"] for line in steps_of(workplace)] == list(range(1, STEPS + 1))
-    assert all(line["rollout/staleness_max"] == 0 for line in steps_of(workplace))
+    assert [line["step"] for line in steps_of(workplace / "out")] == list(range(1, STEPS + 1))
+    assert all(line["rollout/staleness_max"] == 0 for line in steps_of(workplace / "out"))
     groups = [json.loads(line)["group"] for line in lines_of(workplace / "out" / "traces")]
     assert groups == [f"{place:012d}" for place in range(STEPS * PROMPTS)]
 
 
+@pytest.mark.parametrize("on_update", ["wait", "continue"])
+def test_rollouts_ahead_go_on_when_their_server_dies(workplace: Path, finished: Ended, on_update: str) -> None:
+    name, steps = f"ahead_{on_update}", 10
+    ahead = f"rollout.prefetch={{depth: 1, on_update: {on_update}}}"
+    here = (f"train.steps={steps}", f"paths.run={name}")
+    process = begin(workplace, "megatron_distill.cli", "train", "run.yaml", ahead, *here)
+    try:
+        while len(steps_of(workplace / name)) < 3:
+            assert process.poll() is None, ended(process).said
+            time.sleep(0.1)
+        os.kill(servers_of(process)[0], signal.SIGKILL)
+        done = ended(process)
+    finally:
+        process.kill()
+    assert done.code == 0, done.said
+    lines = steps_of(workplace / name)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert lines[-1]["engine/restarts"] == 1
+    assert all(line["rollout/staleness_max"] <= 1 for line in lines)
+    groups = [json.loads(line)["group"] for line in lines_of(workplace / name / "traces")]
+    assert groups == [f"{place:012d}" for place in range(steps * PROMPTS)]
+
+
 def test_it_learns_and_tells_where_the_time_went(workplace: Path, finished: Ended) -> None:
-    accuracy = {line["step"]: line["eval/avg_at_1"] for line in told_in(workplace) if "eval/avg_at_1" in line}
-    first, last = steps_of(workplace)[0], steps_of(workplace)[-1]
+    accuracy = {line["step"]: line["eval/avg_at_1"] for line in told_in(workplace / "out") if "eval/avg_at_1" in line}
+    first, last = steps_of(workplace / "out")[0], steps_of(workplace / "out")[-1]
     print("accuracy by step:", accuracy)
     print(finished.said.splitlines()[-1])
     assert accuracy[STEPS] >= 0.9
@@ -174,15 +197,15 @@ def runs(pid: int) -> bool:
         return False
 
 
-def told_in(workplace: Path) -> list[dict[str, Any]]:
+def told_in(run: Path) -> list[dict[str, Any]]:
     """Whole lines of the metrics."""
-    file = workplace / "out" / "metrics.jsonl"
+    file = run / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def steps_of(workplace: Path) -> list[dict[str, Any]]:
-    return [line for line in told_in(workplace) if "loss/total" in line]
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    return [line for line in told_in(run) if "loss/total" in line]
 
 
 def lines_of(folder: Path) -> list[str]:
