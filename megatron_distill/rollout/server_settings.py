@@ -25,6 +25,9 @@ CPU_TOTAL_TOKENS = 16384
 """Of a server on a CPU, unless the settings say otherwise: left to itself it takes most of the machine's memory."""
 CHECKOUT = Path(__file__).parents[2]
 
+KEPT = 2
+"""Positions of its context that a server fills with no prompt and no response: it cuts what would need them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:

@@ -17,7 +17,7 @@ from megatron_distill.models.spec import ModelLimits, ModelSpec
 from megatron_distill.rollout.demonstrate import check_solutions, solution_lengths
 from megatron_distill.rollout.engines.sglang import SGLang
 from megatron_distill.rollout.sample import check_answers
-from megatron_distill.rollout.server_settings import read_api_key, server_python
+from megatron_distill.rollout.server_settings import KEPT, read_api_key, server_python
 from megatron_distill.rollout.sources._writing import Writing
 from megatron_distill.rollout.sources.demonstrations import Demonstrations
 from megatron_distill.rollout.sources.generate import Generate
@@ -30,9 +30,6 @@ from megatron_distill.train.resume import check_checkpoint, steps_done
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-KEPT = 2
-"""Positions of its context that a server fills with no prompt and no response: it cuts what would need them."""
 
 
 def preflight(run: RunConfig) -> list[str]:
@@ -219,7 +216,8 @@ def _fewest_positions(run: RunConfig) -> tuple[str, int]:
     engine = served_by(run)
     if engine is not None and not engine.urls:
         context = engine.servers.context_length or positions["student.model"]
-        positions[f"rollout.engine.servers.context_length={context}, less {KEPT} that a server keeps"] = context - KEPT
+        place = f"rollout.engine.servers.context_length={context}, less {KEPT} that a server keeps"
+        positions[place] = engine.room(context)
     return min(positions.items(), key=lambda item: item[1])
 
 

@@ -46,3 +46,7 @@ class EnginePart(ABC):
     @abstractmethod
     def connect(self, serving: Serving) -> RolloutEngine:
         """The live engine, still without weights; collective."""
+
+    def room(self, positions: int) -> int:
+        """Tokens that a prompt and its response may have together, with a model of so many positions."""
+        return positions

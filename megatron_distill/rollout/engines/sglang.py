@@ -22,7 +22,7 @@ from megatron_distill.rollout.engines._live import Care, LiveFleet, Need
 from megatron_distill.rollout.engines.base import EnginePart, Serving
 from megatron_distill.rollout.fleet import Fleet
 from megatron_distill.rollout.sample import on_first_rank
-from megatron_distill.rollout.server_settings import ServerSettings, is_loopback
+from megatron_distill.rollout.server_settings import KEPT, ServerSettings, is_loopback
 from megatron_distill.rollout.sglang import Address, Client, Limits
 from megatron_distill.rollout.sync import SyncSettings, WeightSync
 
@@ -82,6 +82,10 @@ class SGLang(EnginePart):
             raise ValueError(
                 f"silent_seconds={self.silent_seconds}: must be at least probe_seconds={self.probe_seconds}"
             )
+
+    def room(self, positions: int) -> int:
+        """Those of a server's context, less what it keeps to itself."""
+        return (self.servers.context_length or positions) - KEPT
 
     def connect(self, serving: Serving) -> SGLangEngine:
         """With servers that answer, and hold no weights of this run yet.

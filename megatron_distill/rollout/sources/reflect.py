@@ -86,7 +86,7 @@ class Reflecting(Writer):
     def __init__(self, part: Reflect, surroundings: Surroundings) -> None:
         super().__init__(part, surroundings)
         self._part = part
-        self._positions = ModelSpec.from_folder(surroundings.student_folder).max_positions
+        self._room = part.engine.room(ModelSpec.from_folder(surroundings.student_folder).max_positions)
 
     def write(self, step: int) -> list[Scored]:
         """Every group, followed by its repairs."""
@@ -125,7 +125,7 @@ class Reflecting(Writer):
         """What the student answers to the synthesis prompts; None to one that has no room for an answer."""
         sampling = self._part.sampling
         requests = [Request(tokens=self._ask(one), sampling=sampling, key=one.key) for one in repairs]
-        fits = [len(one.tokens) + sampling.max_new_tokens <= self._positions for one in requests]
+        fits = [len(one.tokens) + sampling.max_new_tokens <= self._room for one in requests]
         replies = iter(complete(self._tools, [one for one, fit in zip(requests, fits, strict=True) if fit]))
         return [(one, next(replies) if fit else None) for one, fit in zip(repairs, fits, strict=True)]
 

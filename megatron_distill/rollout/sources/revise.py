@@ -21,8 +21,8 @@ from megatron_distill.types import Origin, Prompt, Scored, Stop
 
 UNFIT = ("unscored", "cut_off", "loops", "no_room")
 """Why a first answer is not revised, in the order in which it is checked; `no_room`: prompt, answer, phrase and
-revision would have been longer than the model's positions. A kept trace has, as facts, their shares in the step's first
-answers."""
+revision would have been longer than model or servers have room for. A kept trace has, as facts, their shares in the
+step's first answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Revising(Writer):
     def __init__(self, part: Revise, surroundings: Surroundings) -> None:
         super().__init__(part, surroundings)
         self._part = part
-        self._positions = ModelSpec.from_folder(surroundings.student_folder).max_positions
+        self._room = part.engine.room(ModelSpec.from_folder(surroundings.student_folder).max_positions)
 
     def write(self, step: int) -> list[Scored]:
         """All kept traces of `train.prompts_per_step` prompts."""
@@ -85,7 +85,7 @@ class Revising(Writer):
             f"step {step}: in rollout.most_rounds={self._part.most_rounds} rounds of {self._run.prompts_per_step} "
             "prompts no revision was right: the student cannot correct itself on them; choose easier ones, or raise "
             "rollout.revisions or rollout.sampling.max_new_tokens, which with prompt and first answer must stay within "
-            f"the model's {self._positions} positions"
+            f"{self._room} tokens, the positions of the model or its servers"
         )
 
     def _traces(self, step: int, chosen: list[tuple[str, Prompt]]) -> list[Scored]:
@@ -122,7 +122,7 @@ class Revising(Writer):
         if self._part.refuse_loops and loops(rollout.text):
             return "loops"
         read = len(rollout.prompt.tokens) + len(self._start(first).tokens)
-        return "no_room" if read + self._part.sampling.max_new_tokens > self._positions else None
+        return "no_room" if read + self._part.sampling.max_new_tokens > self._room else None
 
     def _start(self, first: Scored) -> Start:
         """What the student goes on from: its answer without the end of sequence, and the phrase."""

@@ -42,6 +42,7 @@ class Scripted:
     """An engine that writes what a script says."""
 
     script: Script
+    context: int | None = None
     tokenizer: Any = None
     version: int = 0
 
@@ -53,6 +54,9 @@ class Scripted:
 
     def connect(self, serving: Serving) -> Scripted:
         return Scripted(script=self.script, tokenizer=serving.tokenizer)
+
+    def room(self, positions: int) -> int:
+        return self.context or positions
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         return [self._write(one) for one in requests]
@@ -202,6 +206,8 @@ def test_what_leaves_no_room_for_a_revision_is_left_out_and_counted(folder: Path
     assert all(one.facts["revise/no_room"] == 0.5 and one.facts["revise/cut_off"] == 0 for one in kept)
     short = replace(part, sampling=Sampling(max_new_tokens=3000))
     assert {one.rollout.group[-1] for one in step_of(short, surroundings)} == {"0", "1"}
+    narrow = replace(short, engine=Scripted(script=script, context=3500))
+    assert {one.rollout.group[-1] for one in step_of(narrow, surroundings)} == {"1"}, "an engine may have less room"
 
 
 def test_a_student_that_cannot_revise_ends_in_one_clear_error(folder: Path, tmp_path: Path) -> None:
@@ -274,6 +280,8 @@ def test_a_repair_that_has_no_room_is_not_asked_for(folder: Path, tmp_path: Path
         5: 0.0,
     }
     assert [one.rollout.sample for one in scored[16:]] == [5]
+    narrow = replace(PART, engine=Scripted(script=reflecting, context=LONG.max_new_tokens), sampling=LONG)
+    assert len(step_of(narrow, surroundings)) == 16, "an engine may have less room"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,3 +85,10 @@ def test_another_model_is_told_apart(student: Path, tmp_path: Path) -> None:
     )
     deep = tiny_model(tmp_path / "deep", "qwen3", vocab_size=96, layers=3)
     assert difference(told(deep), student, 96) == f"serves {deep} with num_layers=3, but the student has 2"
+
+
+@pytest.mark.parametrize(("context_length", "room"), [(None, 510), (100, 98)])
+def test_a_prompt_and_its_response_have_the_servers_context_but_for_two_tokens(
+    context_length: int | None, room: int
+) -> None:
+    assert SGLang(servers=ServerSettings(context_length=context_length)).room(512) == room
