@@ -51,11 +51,12 @@ pytestmark = [pytest.mark.sglang, pytest.mark.timeout(1800)]
 
 TOLERANCE = 1e-4
 DIRECT = build_opener(ProxyHandler({}))
+# so long that what happens to a server happens while it writes them: some 2 s on two idle cores
 REQUESTS = [
-    Request(tokens=(5, 6, 7, 8 + index), sampling=Sampling(max_new_tokens=160), key=(1, index)) for index in range(24)
+    Request(tokens=(5, 6, 7, 8 + index), sampling=Sampling(max_new_tokens=480), key=(1, index)) for index in range(24)
 ]
 PART = SGLang(
-    servers=ServerSettings(count=2, context_length=256),
+    servers=ServerSettings(count=2, context_length=512),
     probe_seconds=5,
     silent_seconds=20,
     most_restarts=3,
