@@ -201,25 +201,31 @@ def push_under_requests(
         sync.push(student, addresses, 0)
         learn(student, runtime, 1)
         written: list[Completion] = []
+        under_way = threading.Event()
+
+        async def busy(client: Client) -> bool:
+            return (await client.call("GET", "/v1/loads"))["loads"][0]["num_running_reqs"] > 0
 
         async def write() -> None:
             async with Client(addresses[0], stop_ids=STOP_IDS) as one, Client(addresses[1], stop_ids=STOP_IDS) as two:
                 sampling = Sampling(temperature=1.0, max_new_tokens=380)
                 requests = [Request(tokens=ROWS[0], sampling=sampling, key=(n,)) for n in range(4)]
-                written.extend(
-                    await asyncio.gather(
-                        *(
-                            client.generate(request, f"{client.url}-{n}")
-                            for client in (one, two)
-                            for n, request in enumerate(requests)
-                        )
+                asked = asyncio.gather(
+                    *(
+                        client.generate(request, f"{client.url}-{n}")
+                        for client in (one, two)
+                        for n, request in enumerate(requests)
                     )
                 )
+                while not asked.done() and not all([await busy(client) for client in (one, two)]):
+                    await asyncio.sleep(0.01)
+                under_way.set()
+                written.extend(await asked)
 
         writing = threading.Thread(target=lambda: asyncio.run(write()))
         if runtime.mesh.rank == 0:
             writing.start()
-            time.sleep(1.0)
+            assert under_way.wait(60)
         runtime.mesh.barrier()
         sync.push(student, addresses, 1)
         worst, _ = differences(student, urls)
