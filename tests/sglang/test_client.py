@@ -437,7 +437,7 @@ def test_aborting_all_ends_a_call_with_what_there_is(url: str) -> None:
 
 
 def test_an_abort_by_somebody_else_costs_nothing_but_time(url: str) -> None:
-    asked, times = requests(8, 300), Counter[int]()
+    asked, times = requests(8, 490), Counter[int]()
 
     async def ask() -> list[Completion]:
         async with client(url) as stranger, Fleet([client(url)]) as fleet:
