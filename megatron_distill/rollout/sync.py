@@ -31,8 +31,9 @@ from megatron_distill.rollout.transports.base import Shipment, Transport
 from megatron_distill.rollout.transports.broadcast import Broadcast
 from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.disk import Disk
+from megatron_distill.rollout.transports.pieces import SharedPieces, fit
 from megatron_distill.rollout.transports.switchboard import Call, Switchboard
-from megatron_distill.rollout.transports.tensor import SharedTensors, free_bytes, largest_piece, shared_memory
+from megatron_distill.rollout.transports.tensor import SharedTensors
 from megatron_distill.runtime.mesh import Mesh
 
 UPDATING = "updating"
@@ -121,7 +122,7 @@ class WeightSync:
         begun = time.perf_counter()
         self._connect(self._crew.mesh.gather_objects(tuple(addresses))[0])
         if self._transport is None:
-            self._transport = self._build(student, self._chosen(student))
+            self._transport = self._build(student)
         try:
             shipment = self._shipment(student, version)
             try:
@@ -219,23 +220,23 @@ class WeightSync:
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 
-    def _chosen(self, student: Student) -> str:
-        """The setting, or what it leaves to choose: rank 0's choice on all ranks."""
-        if self._settings.transport != "auto":
-            return self._settings.transport
-        half = round(self._settings.bucket_mb * 2**20) // 2
-        on_cpu = student.network.runtime.backend.device.type == "cpu"
-        needed = 2 * largest_piece(student, half) if self._crew.leads else 0
-        found = self._crew.mesh.gather_objects((shared_memory(), free_bytes(), needed))
-        near = on_cpu and not self._away() and len({memory for memory, _, _ in found}) == 1
-        return "tensor" if near and sum(each for _, _, each in found) < found[0][1] else "broadcast"
-
-    def _build(self, student: Student, chosen: str) -> Transport:
+    def _build(self, student: Student) -> Transport:
         settings, backend = self._settings, student.network.runtime.backend
         bucket_bytes, seconds = round(settings.bucket_mb * 2**20), settings.timeout_seconds
+        shares = backend.device.type == "cpu" and fit(self._crew, student, bucket_bytes)
+        chosen = settings.transport
+        if chosen == "auto":
+            chosen = "tensor" if shares and not self._away() else "broadcast"
         match chosen:
             case "broadcast":
-                return Broadcast(self._crew, bucket_bytes, host=settings.host, seconds=seconds, device=backend.device)
+                return Broadcast(
+                    self._crew,
+                    bucket_bytes,
+                    pieces=SharedPieces(self._crew, bucket_bytes) if shares and self._crew.mesh.sizes.tp > 1 else None,
+                    host=settings.host,
+                    seconds=seconds,
+                    device=backend.device,
+                )
             case "tensor":
                 return SharedTensors(self._crew, bucket_bytes, seconds=seconds)
             case "disk":
@@ -243,7 +244,6 @@ class WeightSync:
                 if folder is None:
                     raise SyncError("transport=disk needs a folder: set folder to one that servers can read")
                 return Disk(self._crew, folder, seconds=seconds)
-        raise AssertionError(chosen)
 
     def _away(self) -> list[str]:
         """Servers that are on other machines, for all that can be seen."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_distill.models.network import Network
 from megatron_distill.rollout.transports.buckets import buckets
+from megatron_distill.rollout.transports.crew import Crew
+from megatron_distill.rollout.transports.pieces import SharedPieces, fit
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
 from megatron_distill.runtime.start import start
@@ -60,6 +62,38 @@ def test_the_stages_together_are_the_model(
     assert [name for own in stages for name in own] == list(whole)  # none twice, none missing, in the same order
     assert all(torch.equal(own[name], whole[name]) for own in stages for name in own)
     assert ("lm_head.weight" in whole) is not tied
+
+
+def in_pieces(folder: Path, sizes: ParallelSizes) -> tuple[bool, list[tuple[str, Tensor]], list[tuple[str, Tensor]]]:
+    """Whether memory can be shared; what it holds on this rank when filled anew; what the leader gathers."""
+    with start(sizes, Precision()) as runtime:
+        network = Network.load(folder, runtime)
+        crew = Crew(runtime.mesh)
+        pieces = SharedPieces(crew, bucket_bytes := 128 * 1024)
+        shares = fit(crew, network, bucket_bytes)
+        if not crew.gathers:  # another replica does
+            return shares, [], []
+        assert sum(1 for _ in pieces.fill(network)) > 2  # each piece is used again
+        with torch.no_grad():
+            for parameter in network.parameters().values():
+                parameter.mul_(2)
+        shared = [(name, tensor.clone()) for bucket in pieces.fill(network) for name, tensor in bucket]
+        pieces.forget()
+        return shares, shared, [(name, tensor.clone()) for name, tensor in network.stage_weights()]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=name_of)
+def test_ranks_fill_shared_memory_with_the_same_tensors(worlds: Worlds, tmp_path: Path, sizes: ParallelSizes) -> None:
+    folder = tiny_model(tmp_path / "model", "qwen2", tied=True, layers=4, vocab_size=201)
+    by_rank = worlds(sizes.world).run(in_pieces, folder, sizes, init=False)
+    leader: list[tuple[str, Tensor]] = []
+    for shares, shared, gathered in by_rank:
+        leader = gathered or leader
+        assert shares
+        if shared:
+            assert [name for name, _ in shared] == [name for name, _ in leader]
+            assert all(torch.equal(one, two) for (_, one), (_, two) in zip(shared, leader, strict=True))
+    assert sum(bool(shared) for _, shared, _ in by_rank) == sizes.tp * sizes.pp
 
 
 def most_held(folder: Path, sizes: ParallelSizes, bucket_bytes: int) -> tuple[int, int, int]:

@@ -33,6 +33,7 @@ from megatron_distill.rollout.canary import Canary
 from megatron_distill.rollout.servers import ServerGroup, ServerSettings
 from megatron_distill.rollout.sglang import Address, Client
 from megatron_distill.rollout.sync import UPDATING, SyncSettings, WeightSync
+from megatron_distill.rollout.transports.broadcast import Broadcast
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
 from megatron_distill.runtime.start import Runtime, start
@@ -135,11 +136,17 @@ async def served(url: str) -> list[tuple[np.ndarray, str]]:
 
 
 def three_updates(
-    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str]
+    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str], gathers: bool = False
 ) -> tuple[list[float], list[float], list[list[str]], list[Any]]:
     """Of each version: differences after its push and, before it, those of the version before; versions; groups."""
     stale, fresh, versions, groups = [], [], [], []
     with syncing(folder, sizes, settings) as (runtime, student, sync):
+        if gathers:  # as ranks do that share no memory
+            room = round(settings.bucket_mb * 2**20)
+            device = torch.device("cpu")
+            sync._transport = Broadcast(
+                sync._crew, room, pieces=None, host=settings.host, seconds=settings.timeout_seconds, device=device
+            )
         for version in range(4):
             if version:
                 learn(student, runtime, version)
@@ -176,6 +183,14 @@ def test_servers_follow_three_updates(
     assert versions == [[str(version)] * 2 for version in range(4)]
     assert len(set(groups)) == 1  # the group was kept
     assert list(tmp_path.iterdir()) == []  # nothing stays on disk
+
+
+def test_a_broadcast_from_ranks_that_share_no_memory(worlds: Worlds, served: ServerGroup, tiny_served: Path) -> None:
+    sizes, settings = LAYOUTS["tp=2"], SyncSettings(transport="broadcast", bucket_mb=0.04, timeout_seconds=60)
+    by_rank = worlds(2).run(three_updates, tiny_served, sizes, settings, served.urls, True, init=False, timeout=240)
+    stale, fresh, versions, _ = by_rank[0]
+    assert max(fresh) <= TOLERANCE < 100 * TOLERANCE < min(stale)
+    assert versions == [[str(version)] * 2 for version in range(4)]
 
 
 def taken(folder: Path, sizes: ParallelSizes, urls: list[str]) -> str:

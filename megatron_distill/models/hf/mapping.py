@@ -54,12 +54,15 @@ class Rule:
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Undo `merge`; what comes back may share storage with `tensor`."""
+        return tuple(part.flatten(0, 1) if self.block else part for part in self.views(tensor))
+
+    def views(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """As `split`, with nothing copied: rows of interleaved tensors lie in two dims, blocks and rows of a block."""
         if len(self.hf) == 1:
             return (tensor,)
         if not self.block:
             return tensor.chunk(len(self.hf))
-        blocks = tensor.unflatten(0, (-1, sum(self.block)))
-        return tuple(part.flatten(0, 1) for part in blocks.split(self.block, dim=1))
+        return tensor.unflatten(0, (-1, sum(self.block))).split(self.block, dim=1)
 
     def extent(self, index: int, rank: int, size: int, rows: int | None = None) -> tuple[int, int]:
         """Where this rank's slice of Hugging Face tensor `index` starts and stops along `dim`.

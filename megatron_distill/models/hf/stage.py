@@ -196,11 +196,12 @@ class Slice:
     rank: int
     """This one's place among them."""
     own: Tensor
+    """A view of the parameter; its rows may lie in two dims, see `Rule.views`."""
 
     def place(self, whole: Tensor) -> None:
         """Put this rank's part where it belongs; what all hold is put there by the first."""
         if self.dim is not None:
-            self.part(whole, self.rank).copy_(self.own)
+            self.part(whole, self.rank).view(self.own.shape).copy_(self.own)
         elif self.rank == 0:
             whole.copy_(self.own)
 
@@ -217,16 +218,14 @@ def stage_slices(parameters: Mapping[str, Tensor], spec: ModelSpec, tp_rank: int
         if not rule.exported or rule.name not in parameters:
             continue
         local = parameters[rule.name].detach()
-        parts = list(rule.split(local))
-        for index, (name, shape) in enumerate(zip(rule.hf, rule.shapes, strict=True)):
-            own = parts.pop(0)  # each is let go before the next one comes
+        for index, (name, shape, own) in enumerate(zip(rule.hf, rule.shapes, rule.views(local), strict=True)):
             extents: tuple[tuple[int, int], ...] = ()
             if rule.dim is not None:
                 extents = tuple(rule.extent(index, rank, tp_size, local.shape[0]) for rank in range(tp_size))
+            if rule.vocabulary:
                 start, stop = extents[tp_rank]
-                own = own.narrow(rule.dim, 0, stop - start)  # a vocabulary's padding is left out
+                own = own[: stop - start]  # without padding
             yield Slice(plan=TensorPlan(name, shape, local.dtype), dim=rule.dim, extents=extents, rank=tp_rank, own=own)
-            del own
 
 
 def gather_first(slices: Iterable[Slice], tp_group: ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:
@@ -238,7 +237,7 @@ def gather_first(slices: Iterable[Slice], tp_group: ProcessGroup | None) -> Iter
     for one in slices:
         if one.dim is None or tp_group is None:
             if one.rank == 0:
-                yield one.plan.name, one.own
+                yield one.plan.name, one.own.reshape(one.plan.shape)
         elif one.rank > 0:
             if one.own.numel():
                 dist.send(one.own.contiguous(), group=tp_group, group_dst=0)

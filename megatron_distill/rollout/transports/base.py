@@ -66,10 +66,8 @@ class Bucketed(Transport):
 
     session: ClassVar[bool] = True
 
-    def __init__(self, crew: Crew, bucket_bytes: int) -> None:
+    def __init__(self, crew: Crew) -> None:
         super().__init__(crew)
-        self.bucket_bytes = bucket_bytes
-        """Of the two buckets together."""
         self._sent = 0
 
     def send(self, shipment: Shipment) -> int:

@@ -26,6 +26,7 @@ from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
 from megatron_distill.rollout.transports.buckets import Bucket, buckets
 from megatron_distill.rollout.transports.crew import Crew
+from megatron_distill.rollout.transports.pieces import SharedPieces
 from megatron_distill.rollout.transports.switchboard import GRACE_SECONDS, Asked, Switchboard
 
 _LATER = 2 * GRACE_SECONDS
@@ -37,16 +38,28 @@ OWN_NAME = "auto"
 class Broadcast(Bucketed):
     """One group for each pipeline stage, kept while the servers are the same and hold what was sent."""
 
-    def __init__(self, crew: Crew, bucket_bytes: int, *, host: str, seconds: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        crew: Crew,
+        bucket_bytes: int,
+        *,
+        pieces: SharedPieces | None,
+        host: str,
+        seconds: float,
+        device: torch.device,
+    ) -> None:
         """
         Args:
             crew: the ranks.
             bucket_bytes: of buckets at one time.
+            pieces: memory that tensor-parallel ranks share; None: tensors are gathered over their group.
             host: address of this machine at which servers join.
             seconds: for joining, and for each bucket.
             device: where tensors are.
         """
-        super().__init__(crew, bucket_bytes)
+        super().__init__(crew)
+        self._bucket_bytes = bucket_bytes
+        self._pieces = pieces
         self._host = socket.gethostname() if host == OWN_NAME else host
         self._seconds = seconds
         self._device = device
@@ -71,7 +84,9 @@ class Broadcast(Bucketed):
         )
 
     def fill(self, shipment: Shipment) -> Iterator[Bucket]:
-        return buckets(shipment.student.stage_weights(), self.bucket_bytes // 2, lambda named: named[1].nbytes)
+        if self._pieces is not None:
+            return self._pieces.fill(shipment.student)
+        return buckets(shipment.student.stage_weights(), self._bucket_bytes // 2, lambda named: named[1].nbytes)
 
     def launch(self, bucket: Bucket, shipment: Shipment) -> Asked[None]:
         group, servers = self._group, shipment.servers
@@ -107,6 +122,8 @@ class Broadcast(Bucketed):
             work.wait()
 
     def forget(self) -> None:
+        if self._pieces is not None:
+            self._pieces.forget()
         group, self._group, self._works = self._group, None, []
         if group is not None:
             group.leave()

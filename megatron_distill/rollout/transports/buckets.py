@@ -10,18 +10,22 @@ type Named = tuple[str, Tensor]
 """A whole tensor and its Hugging Face name."""
 type Bucket = list[Named]
 
+_FIRST = 4
+"""The first bucket is so much smaller: nothing is under way while it is made."""
+
 
 def buckets[T](stream: Iterable[T], most_bytes: int, bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Neighbours of the stream, at most `most_bytes` together; what is larger comes alone.
+    """Neighbours of the stream, at most `most_bytes` together, the first ones fewer; what is larger comes alone.
 
     The generator keeps nothing of a bucket that it has handed out.
     """
     pending: list[T] = []
     held = 0
+    most = most_bytes // _FIRST
     for one in stream:
         size = bytes_of(one)
-        if pending and held + size > most_bytes:
-            full, pending, held = pending, [], 0
+        if pending and held + size > most:
+            full, pending, held, most = pending, [], 0, most_bytes
             yield full
             del full
         pending.append(one)
