@@ -31,7 +31,7 @@ from megatron_distill.rollout.transports.base import Shipment, Transport
 from megatron_distill.rollout.transports.broadcast import Broadcast
 from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.disk import Disk
-from megatron_distill.rollout.transports.pieces import SharedPieces, fit
+from megatron_distill.rollout.transports.pieces import fit
 from megatron_distill.rollout.transports.switchboard import Call, Switchboard
 from megatron_distill.rollout.transports.tensor import SharedTensors
 from megatron_distill.runtime.mesh import Mesh
@@ -223,16 +223,16 @@ class WeightSync:
     def _build(self, student: Student) -> Transport:
         settings, backend = self._settings, student.network.runtime.backend
         bucket_bytes, seconds = round(settings.bucket_mb * 2**20), settings.timeout_seconds
-        shares = backend.device.type == "cpu" and fit(self._crew, student, bucket_bytes)
-        chosen = settings.transport
+        on_cpu, chosen = backend.device.type == "cpu", settings.transport
         if chosen == "auto":
-            chosen = "tensor" if shares and not self._away() else "broadcast"
+            near = on_cpu and not self._away() and fit(self._crew, student, bucket_bytes)
+            chosen = "tensor" if near else "broadcast"
         match chosen:
             case "broadcast":
                 return Broadcast(
                     self._crew,
                     bucket_bytes,
-                    pieces=SharedPieces(self._crew, bucket_bytes) if shares and self._crew.mesh.sizes.tp > 1 else None,
+                    share=on_cpu,
                     host=settings.host,
                     seconds=seconds,
                     device=backend.device,

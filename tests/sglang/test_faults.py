@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_distill.data.packing import pack
 from megatron_distill.data.templates import load_tokenizer
 from megatron_distill.errors import EngineError, EngineStopped
+from megatron_distill.models.hf.stage import Slice
 from megatron_distill.models.optimizer import OptimizerSection
 from megatron_distill.models.student import Student, StudentSection
 from megatron_distill.objectives.base import Scope
@@ -151,9 +152,15 @@ class Dawdling(Student):
     """A student whose weights take so long that something can happen meanwhile."""
 
     def stage_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for named in super().stage_weights():
+        return self.dawdling(super().stage_weights())
+
+    def stage_slices(self) -> Iterator[Slice]:
+        return self.dawdling(super().stage_slices())
+
+    def dawdling[T](self, stream: Iterator[T]) -> Iterator[T]:
+        for one in stream:
             time.sleep(0.1)
-            yield named
+            yield one
 
 
 def story(folder: Path, other: Path, root: Path) -> dict[str, Any]:

@@ -82,6 +82,18 @@ def syncing(
         sync.close()
 
 
+def gather(sync: WeightSync, settings: SyncSettings) -> None:
+    """A broadcast as from ranks that share no memory."""
+    sync._transport = Broadcast(
+        sync._crew,
+        round(settings.bucket_mb * 2**20),
+        share=False,
+        host=settings.host,
+        seconds=settings.timeout_seconds,
+        device=torch.device("cpu"),
+    )
+
+
 def learn(student: Student, runtime: Runtime, version: int) -> None:
     """One optimizer step that moves every log-prob."""
     scored = [
@@ -141,12 +153,8 @@ def three_updates(
     """Of each version: differences after its push and, before it, those of the version before; versions; groups."""
     stale, fresh, versions, groups = [], [], [], []
     with syncing(folder, sizes, settings) as (runtime, student, sync):
-        if gathers:  # as ranks do that share no memory
-            room = round(settings.bucket_mb * 2**20)
-            device = torch.device("cpu")
-            sync._transport = Broadcast(
-                sync._crew, room, pieces=None, host=settings.host, seconds=settings.timeout_seconds, device=device
-            )
+        if gathers:
+            gather(sync, settings)
         for version in range(4):
             if version:
                 learn(student, runtime, version)
@@ -191,6 +199,28 @@ def test_a_broadcast_from_ranks_that_share_no_memory(worlds: Worlds, served: Ser
     stale, fresh, versions, _ = by_rank[0]
     assert max(fresh) <= TOLERANCE < 100 * TOLERANCE < min(stale)
     assert versions == [[str(version)] * 2 for version in range(4)]
+
+
+def to_some(
+    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str]
+) -> list[tuple[float, list[str]]]:
+    """Differences and versions after pushes to all servers, to one, and to all again."""
+    found = []
+    with syncing(folder, sizes, settings) as (runtime, student, sync):
+        for version, to in enumerate([urls, urls[:1], urls]):
+            if version:
+                learn(student, runtime, version)
+            sync.push(student, [Address(url) for url in to], version)
+            found.append(differences(student, to))
+    return found
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "tensor"])
+def test_other_servers_than_before(worlds: Worlds, served: ServerGroup, tiny_served: Path, transport: Any) -> None:
+    settings = SyncSettings(transport=transport, bucket_mb=0.04, timeout_seconds=60)
+    found = worlds(2).run(to_some, tiny_served, LAYOUTS["tp=2"], settings, served.urls, init=False, timeout=120)[0]
+    assert max(worst for worst, _ in found) <= TOLERANCE
+    assert [versions for _, versions in found] == [["0", "0"], ["1"], ["2", "2"]]
 
 
 def taken(folder: Path, sizes: ParallelSizes, urls: list[str]) -> str:
@@ -428,10 +458,12 @@ async def half_updated(url: str) -> tuple[str, bool]:
 
 
 def push_while_one_breaks(
-    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str], group: int, what: int
+    folder: Path, sizes: ParallelSizes, settings: SyncSettings, urls: list[str], group: int, what: int, gathers: bool
 ) -> tuple[SyncError, float, tuple[str, bool] | None, float]:
     """The error and its seconds; what the other server then says; differences after a push to that one alone."""
     with syncing(folder, sizes, settings, Breaking) as (runtime, student, sync):
+        if gathers:
+            gather(sync, settings)
         addresses = [Address(url) for url in urls]
         sync.push(student, addresses, 0)
         learn(student, runtime, 1)
@@ -449,16 +481,23 @@ def push_while_one_breaks(
 
 
 @pytest.mark.parametrize(
-    ("transport", "what", "layout"),
+    ("transport", "gathers", "what", "layout"),
     [
-        ("broadcast", signal.SIGSTOP, "tp=2"),
-        ("broadcast", signal.SIGKILL, "pp=2"),
-        ("tensor", signal.SIGKILL, "tp=2"),
+        ("broadcast", True, signal.SIGSTOP, "tp=2"),
+        ("broadcast", False, signal.SIGKILL, "tp=2"),
+        ("broadcast", False, signal.SIGKILL, "pp=2"),
+        ("tensor", False, signal.SIGKILL, "tp=2"),
     ],
-    ids=["broadcast stopped tp=2", "broadcast killed pp=2", "tensor killed tp=2"],
+    ids=["gathered broadcast stopped tp=2", "broadcast killed tp=2", "broadcast killed pp=2", "tensor killed tp=2"],
 )
 def test_a_server_that_breaks_in_the_middle_is_named_and_the_others_go_on(
-    worlds: Worlds, breakable: ServerGroup, tied: Path, transport: Any, what: signal.Signals, layout: str
+    worlds: Worlds,
+    breakable: ServerGroup,
+    tied: Path,
+    transport: Any,
+    gathers: bool,
+    what: signal.Signals,
+    layout: str,
 ) -> None:
     victim, sizes = breakable.processes[1], LAYOUTS[layout]
     if not victim.alive():
@@ -475,6 +514,7 @@ def test_a_server_that_breaks_in_the_middle_is_named_and_the_others_go_on(
         breakable.urls,
         victim.pid,
         int(what),
+        gathers,
         init=False,
         timeout=120,
     )

@@ -4,9 +4,9 @@
 
 Both in the same world of two ranks, in turn: `push` sends all weights of a model to one server; `broadcast` is
 `torch.distributed.broadcast` of the same tensors, one after another, from rank 0 to rank 1, into memory that is there
-already and has been used before. A push does more: it gathers shards, stops the server, announces buckets over HTTP,
-and the server loads what it got into its own layout. The bar is a share of the plain broadcast's speed nevertheless,
-for both transports that no disk slows: `broadcast`, and `tensor`, which `sync.transport=auto` takes here.
+already and has been used before. A push does more: it brings shards together, stops the server, announces buckets over
+HTTP, and the server loads what it got into its own layout. The bar is a share of the plain broadcast's speed
+nevertheless, for both transports that no disk slows: `broadcast`, and `tensor`, which `sync.transport=auto` takes here.
 """
 
 from __future__ import annotations

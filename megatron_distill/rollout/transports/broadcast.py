@@ -26,7 +26,7 @@ from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
 from megatron_distill.rollout.transports.buckets import Bucket, buckets
 from megatron_distill.rollout.transports.crew import Crew
-from megatron_distill.rollout.transports.pieces import SharedPieces
+from megatron_distill.rollout.transports.pieces import SharedPieces, fit
 from megatron_distill.rollout.transports.switchboard import GRACE_SECONDS, Asked, Switchboard
 
 _LATER = 2 * GRACE_SECONDS
@@ -43,7 +43,7 @@ class Broadcast(Bucketed):
         crew: Crew,
         bucket_bytes: int,
         *,
-        pieces: SharedPieces | None,
+        share: bool,
         host: str,
         seconds: float,
         device: torch.device,
@@ -52,14 +52,16 @@ class Broadcast(Bucketed):
         Args:
             crew: the ranks.
             bucket_bytes: of buckets at one time.
-            pieces: memory that tensor-parallel ranks share; None: tensors are gathered over their group.
+            share: tensor-parallel ranks fill memory that they share, where they can; else they gather over their group.
             host: address of this machine at which servers join.
             seconds: for joining, and for each bucket.
             device: where tensors are.
         """
         super().__init__(crew)
         self._bucket_bytes = bucket_bytes
-        self._pieces = pieces
+        self._pieces = SharedPieces(crew, bucket_bytes) if share and crew.mesh.sizes.tp > 1 else None
+        self._shares: bool | None = None
+        """Whether they can; None: not looked yet."""
         self._host = socket.gethostname() if host == OWN_NAME else host
         self._seconds = seconds
         self._device = device
@@ -69,6 +71,8 @@ class Broadcast(Bucketed):
         """Groups that this side has left and servers still keep, by server."""
 
     def prepare(self, shipment: Shipment) -> None:
+        if self._shares is None:
+            self._shares = self._pieces is not None and fit(self.crew, shipment.student, self._bucket_bytes)
         self.crew.in_turn(lambda: self._meet(shipment))
 
     def _meet(self, shipment: Shipment) -> None:
@@ -78,13 +82,13 @@ class Broadcast(Bucketed):
         members = tuple(zip(servers.urls, shipment.tp_sizes, strict=True))
         if self._group is not None and self._group.members == members and not shipment.fresh:
             return
-        self.close(servers)
+        self._part(servers)
         self._group = WeightGroup.form(
             servers, shipment.tp_sizes, host=self._host, seconds=self._seconds, device=self._device
         )
 
     def fill(self, shipment: Shipment) -> Iterator[Bucket]:
-        if self._pieces is not None:
+        if self._shares and self._pieces is not None:
             return self._pieces.fill(shipment.student)
         return buckets(shipment.student.stage_weights(), self._bucket_bytes // 2, lambda named: named[1].nbytes)
 
@@ -106,7 +110,7 @@ class Broadcast(Bucketed):
         try:
             self._works = [group.broadcast(tensor) for tensor in tensors]
         except RuntimeError as error:
-            self.forget()
+            self._leave()
             raise asked.failure(f"{shipment.what}: {_first_line(error)}") from error
         return asked
 
@@ -115,15 +119,21 @@ class Broadcast(Bucketed):
         # group's own collectives notice (NCCL's would not). One that hangs says nothing, and others may wait for it:
         # when this side hangs up they answer, and it does not.
         if not asked.went_well(self._seconds):
-            self.forget()
+            self._leave()
             raise asked.failure(shipment.what)
         works, self._works = self._works, []
         for work in works:
             work.wait()
 
     def forget(self) -> None:
+        # on every rank, or on none: what ranks share they make together
         if self._pieces is not None:
             self._pieces.forget()
+        self._shares = None
+        self._leave()
+
+    def _leave(self) -> None:
+        """The group, on this rank: servers that wait for the rest of a bucket see it."""
         group, self._group, self._works = self._group, None, []
         if group is not None:
             group.leave()
@@ -133,14 +143,19 @@ class Broadcast(Bucketed):
     def close(self, servers: Switchboard | None) -> None:
         self.forget()
         if servers is not None:
-            left = {url: self._left.pop(url, []) for url in servers.urls}
+            self._part(servers)
 
-            async def leave(client: Client) -> None:
-                for name in left[client.url]:
-                    with suppress(RequestRefused):  # a server that was started anew has never heard of it
-                        await client.destroy_group(name)
+    def _part(self, servers: Switchboard) -> None:
+        """Leave the group, and have servers leave it and those before."""
+        self._leave()
+        left = {url: self._left.pop(url, []) for url in servers.urls}
 
-            servers.ask_if_there(leave)
+        async def leave(client: Client) -> None:
+            for name in left[client.url]:
+                with suppress(RequestRefused):  # a server that was started anew has never heard of it
+                    await client.destroy_group(name)
+
+        servers.ask_if_there(leave)
 
 
 class WeightGroup:

@@ -11,13 +11,13 @@ type Named = tuple[str, Tensor]
 type Bucket = list[Named]
 
 _FIRST = 4
-"""The first bucket is so much smaller: nothing is under way while it is made."""
+"""Times smaller is the first bucket: nothing is under way while it is made."""
 
 
 def buckets[T](stream: Iterable[T], most_bytes: int, bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Neighbours of the stream, at most `most_bytes` together, the first ones fewer; what is larger comes alone.
+    """Neighbours of the stream, at most `most_bytes` together; what is larger comes alone.
 
-    The generator keeps nothing of a bucket that it has handed out.
+    The first bucket holds a quarter of that at most. The generator keeps nothing of a bucket that it has handed out.
     """
     pending: list[T] = []
     held = 0

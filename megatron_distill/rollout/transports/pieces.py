@@ -101,11 +101,13 @@ def fit(crew: Crew, student: HoldsStageWeights, bucket_bytes: int) -> bool:
     needed = sum(piece_sizes(student, bucket_bytes // 2)) if crew.leads else 0
     found = crew.mesh.gather_objects((shared_memory(), free_bytes(), needed))
     machines = {memory for memory, _, _ in found}
-    return len(machines) == 1 and sum(each for _, _, each in found) < found[0][1]
+    return len(machines) == 1 and None not in machines and sum(each for _, _, each in found) < found[0][1]
 
 
-def shared_memory() -> tuple[str, int]:
-    """Whose it is: equal for processes that can share some."""
+def shared_memory() -> tuple[str, int] | None:
+    """Whose it is: equal for processes that can share some; None where there is none."""
+    if not SHARED.is_dir():
+        return None
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return boot, SHARED.stat().st_dev
 
@@ -134,7 +136,7 @@ def piece_sizes(student: HoldsStageWeights, most_bytes: int) -> list[int]:
 
 def free_bytes() -> int:
     """Of this machine's shared memory."""
-    return shutil.disk_usage(SHARED).free
+    return shutil.disk_usage(SHARED).free if SHARED.is_dir() else 0
 
 
 def shared(room: int) -> Tensor:

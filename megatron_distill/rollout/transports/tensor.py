@@ -13,7 +13,7 @@ from megatron_distill.rollout.sglang import Client
 from megatron_distill.rollout.transports.base import Bucketed, Shipment
 from megatron_distill.rollout.transports.buckets import Bucket
 from megatron_distill.rollout.transports.crew import Crew
-from megatron_distill.rollout.transports.pieces import SharedPieces, pickled, shared_memory
+from megatron_distill.rollout.transports.pieces import SHARED, SharedPieces, pickled, shared_memory
 from megatron_distill.rollout.transports.switchboard import Asked, Switchboard
 
 
@@ -29,10 +29,10 @@ class SharedTensors(Bucketed):
     def prepare(self, shipment: Shipment) -> None:
         if not self._one_machine:
             found = self.crew.mesh.gather_objects(shared_memory())
-            if len(set(found)) > 1:
+            if len(set(found)) > 1 or None in found:
                 raise SyncError(
                     "transport=tensor shares memory, and the trainer's ranks are on several machines, or in "
-                    "containers that share none: use broadcast, or disk"
+                    f"containers that share none, or there is no {SHARED}: use broadcast, or disk"
                 )
             self._one_machine = True
 
