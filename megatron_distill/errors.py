@@ -22,7 +22,7 @@ class ModelError(DistillError, ValueError):
 
 
 class CheckpointError(DistillError, RuntimeError):
-    """A checkpoint that is incomplete, or belongs to another model or run."""
+    """A checkpoint that is incomplete, belongs to another model or run, or cannot be written."""
 
 
 class EngineError(DistillError, RuntimeError):

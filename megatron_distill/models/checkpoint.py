@@ -36,6 +36,9 @@ COMPLETE = "COMPLETE"
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state by parameter, so that another layout can read it."""
 
+_SURPLUS, _SMALL_FILES = 1.02, 2 * 2**20
+"""What a checkpoint takes besides its tensors: as a factor, and in bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSection:
@@ -110,20 +113,34 @@ def save(
     keep: int,
     teachers: Mapping[str, Network] = MappingProxyType({}),
 ) -> Path:
-    """Write the checkpoint after `step` updates; collective. Older ones beyond `keep` go once it is complete."""
+    """Write the checkpoint after `step` updates; collective. Older ones beyond `keep` go once it is complete.
+
+    Raises:
+        CheckpointError: on every rank, the same; the disk is full, say. Older ones are what they were.
+    """
     mesh, final = student.mesh, folder_of(run, step)
-    partial = _fresh(final, mesh, [f"teachers/{name}" for name in teachers])
-    save_weights(partial, student.network)
-    for name, network in teachers.items():
-        _save(partial / "teachers" / name, _model_state(network), network)
-    _save_optimizer(partial, student)
-    if mesh.rank == 0:
-        finish(partial, final, {**state, "step": step, "spec": asdict(student.spec)})
-        for old in complete(run)[:-keep]:
-            # unmark first: a half-deleted folder must not look complete
-            (old / COMPLETE).unlink()
-            shutil.rmtree(old)
-    mesh.barrier()
+    partial = final.with_suffix(".partial")
+    try:
+        with writing(partial, mesh):
+            _fresh(final, partial, mesh, [f"teachers/{name}" for name in teachers])
+        save_weights(partial, student.network)
+        for name, network in teachers.items():
+            _save(partial / "teachers" / name, _model_state(network), network)
+        _save_optimizer(partial, student)
+        with writing(partial, mesh):
+            if mesh.rank == 0:
+                finish(partial, final, {**state, "step": step, "spec": asdict(student.spec)})
+    except CheckpointError:
+        # all ranks are here, and whoever has to say so may need the room
+        if mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with writing(final.parent, mesh):
+        if mesh.rank == 0:
+            for old in complete(run)[:-keep]:
+                # unmark first: a half-deleted folder must not look complete
+                (old / COMPLETE).unlink()
+                shutil.rmtree(old)
     return final
 
 
@@ -193,9 +210,8 @@ def _fill(folder: Path, network: Network) -> None:
         network.model.load_state_dict(state["model"])
 
 
-def _fresh(final: Path, mesh: Mesh, beside: Iterable[str] = ()) -> Path:
+def _fresh(final: Path, partial: Path, mesh: Mesh, beside: Iterable[str] = ()) -> None:
     """An empty folder to write into; what saves or deletions that were cut off have left goes."""
-    partial = final.with_suffix(".partial")
     if mesh.rank == 0:
         for folder in final.parent.glob("step_*"):
             whole = (folder / COMPLETE).is_file() and folder != final and folder.suffix != ".partial"
@@ -203,8 +219,6 @@ def _fresh(final: Path, mesh: Mesh, beside: Iterable[str] = ()) -> Path:
                 shutil.rmtree(folder)
         for part in ("model", "optimizer", *beside):
             (partial / part).mkdir(parents=True)
-    mesh.barrier()
-    return partial
 
 
 def _flush(path: Path) -> None:
@@ -239,12 +253,59 @@ def _save_optimizer(folder: Path, student: Student) -> None:
 def _save(folder: Path, state: dict[str, Any], network: Network) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from torch.distributed.checkpoint.api import CheckpointException
 
     if filesystem_async._results_queue is None:
         # Megatron would spawn a whole process for the queue that its writer threads report to
         filesystem_async._results_queue = queue.Queue()
+    _check_room(folder, state, network.runtime.mesh)
     with network.runtime.backend.megatron(), torch.no_grad():
-        dist_checkpointing.save(state, str(folder), content_metadata=dict(_SHARDING))
+        try:
+            dist_checkpointing.save(state, str(folder), content_metadata=dict(_SHARDING))
+        except CheckpointException as error:  # of any rank, on all of them; the reason is lost on the way
+            raise CheckpointError(f"{folder}: a rank could not write its part; make room there") from error
+
+
+def _check_room(folder: Path, state: dict[str, Any], mesh: Mesh) -> None:
+    """Before anything is written: a rank that then finds no room would leave the others waiting for it.
+
+    Raises:
+        CheckpointError: on every rank, the same; a file system that all write to holds less than they have.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+    own = sum(
+        one.data.nbytes
+        for one in nested_values(state)
+        if isinstance(one, ShardedTensor | ShardedTensorFactory)
+        and one.data is not None
+        and is_main_replica(one.replica_id)
+    )
+    found = mesh.gather_objects((own, shutil.disk_usage(folder).free))
+    needed, free = sum(own for own, _ in found), min(free for _, free in found)
+    if free < needed * _SURPLUS + _SMALL_FILES:
+        raise CheckpointError(
+            f"{folder}: cannot be written: {needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB free; make "
+            "room there"
+        )
+
+
+@contextlib.contextmanager
+def writing(folder: Path, mesh: Mesh) -> Iterator[None]:
+    """Within, a rank writes what is its own and exchanges nothing; collective at the end.
+
+    Raises:
+        CheckpointError: on every rank, the same; the system refused to write somewhere.
+    """
+    failed: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failed = error
+    told = mesh.gather_objects(None if failed is None else str(failed.strerror or failed))
+    if reasons := [one for one in told if one is not None]:
+        raise CheckpointError(f"{folder}: cannot be written: {reasons[0]}; make room there") from failed
 
 
 def _load(folder: Path, state: dict[str, Any], network: Network) -> dict[str, Any]:

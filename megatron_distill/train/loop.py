@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_distill.config import RunConfig
 from megatron_distill.data.packing import pack
 from megatron_distill.data.prompts import load_prompts
-from megatron_distill.errors import EngineStopped
+from megatron_distill.errors import CheckpointError, EngineStopped
 from megatron_distill.losses import backend
 from megatron_distill.models import checkpoint
 from megatron_distill.models.network import Network
@@ -27,6 +27,7 @@ from megatron_distill.train.heldout import HeldOut
 from megatron_distill.train.metrics import Clock, Metrics
 from megatron_distill.train.mismatch import mismatch_of
 from megatron_distill.train.preflight import shared_vocab, student_tokenizer
+from megatron_distill.train.resume import steps_done
 from megatron_distill.train.step import Signals, bind, corrected, token_stats
 from megatron_distill.types import Batch, Metric, Scored
 
@@ -66,7 +67,7 @@ def train(run: RunConfig) -> None:
         progress = resume(run, parts)
         parts.source.publish(parts.student, progress.step)
         opened = Metrics.open(folder, run.metrics, rank=runtime.mesh.rank, done=progress.step, steps=steps)
-        with opened as metrics, saved_if_stopped(run, parts, progress):
+        with saved_if_stopped(run, parts, progress), opened as metrics:
             for step in range(progress.step, steps):
                 with metrics.step(step + 1) as clock:
                     metrics.add(*one_step(run, parts, progress, clock))
@@ -217,11 +218,33 @@ def saved_if_stopped(run: RunConfig, parts: Parts, progress: Progress) -> Iterat
     """An engine that cannot go on costs no step that is done: all ranks meet the error together, and save first."""
     try:
         yield
-    except EngineStopped as error:
+    except (EngineStopped, OSError) as error:
+        stopped = stop_behind(error)
+        if stopped is None:
+            raise
+        lines = [str(stopped)]
         if progress.step > progress.saved:
-            save(run, parts, progress)
-        after = f"{progress.step} steps are saved in {run.paths.run}: the same command goes on from there"
-        raise EngineStopped(f"{error}\n{after if progress.saved else 'no step is done yet'}") from error
+            try:
+                save(run, parts, progress)
+            except CheckpointError as full:
+                lines.append(f"the checkpoint of step {progress.step} could not be saved: {full}")
+        lines.append(what_is_saved(run, parts))
+        raise EngineStopped("\n".join(lines)) from stopped
+
+
+def stop_behind(error: BaseException | None) -> EngineStopped | None:
+    """The stop that all ranks met, also where the first one then could not write metrics: others know nothing of it."""
+    while error is not None and not isinstance(error, EngineStopped):
+        error = error.__context__
+    return error
+
+
+def what_is_saved(run: RunConfig, parts: Parts) -> str:
+    """Where the same command goes on, as the first rank finds it; collective."""
+    done = parts.runtime.mesh.gather_objects(steps_done(run))[0]
+    if done == 0:
+        return "no step is saved: the same command begins anew"
+    return f"{done} steps are saved in {run.paths.run}: the same command goes on from there"
 
 
 def teacher_weights(parts: Parts) -> dict[str, Network]:
