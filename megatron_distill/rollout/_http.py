@@ -30,6 +30,11 @@ class Address:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url={self.url!r}: must look like http://host:port")
+        if parts.username is not None or parts.password is not None:
+            # not shown: it may be a secret, and addresses stand in logs
+            raise ValueError(
+                f"url of {parts.hostname}: must name no user and no password; a key goes into api_key_file"
+            )
         object.__setattr__(self, "url", self.url.rstrip("/"))
 
 

@@ -23,7 +23,10 @@ from megatron_distill.rollout.wire import Scores
 from megatron_distill.types import Stop
 
 ATTEMPTS = 5
-"""How often one request is sent at most: one that kills every server that takes it must not do so for ever."""
+"""How often one request is sent at most: one that kills every server that takes it must not do so for ever.
+
+Those that were withdrawn from a lost server do not count: how often servers may come back is for whoever admits them.
+"""
 FIRST_PAUSE = 0.2
 """Seconds before asking again a server that lives but failed; each further pause is twice as long."""
 ABORT_AGAIN = 0.5
@@ -36,6 +39,8 @@ class _Server:
     serving: bool = True
     busy: set[asyncio.Task[Any]] = field(default_factory=set)
     """Requests in flight there."""
+    why: EngineError | None = None
+    """Why it was last withdrawn."""
 
 
 class _Stopped(Exception):
@@ -107,7 +112,7 @@ class Fleet:
         server = self._servers[url]
         if not server.serving:
             return
-        server.serving, self._lost = False, why
+        server.serving, server.why, self._lost = False, why, why
         for task in server.busy:
             task.cancel()
         if self._on_lost is not None:
@@ -222,8 +227,9 @@ class Fleet:
         self, send: Callable[[Client, str], Coroutine[Any, Any, Answer]], stops: int | None
     ) -> Answer:
         """One answer; only what can succeed is sent again, and nothing once `_stops` is no longer `stops`."""
-        for attempt in itertools.count(1):
-            server, pause = await self._place(stops), 0.0
+        attempts = 0
+        while True:
+            server, pause, counts = await self._place(stops), 0.0, True
             task: asyncio.Task[Answer] = asyncio.create_task(send(server.client, self._rid()))
             server.busy.add(task)
             try:
@@ -232,20 +238,20 @@ class Fleet:
                 self.withdraw(server.client.url, error)
                 failure: EngineError = error
             except (ServerFailed, RequestTimedOut) as error:
-                failure, pause = error, FIRST_PAUSE * 2 ** (attempt - 1)
+                failure, pause = error, FIRST_PAUSE * 2**attempts
             except asyncio.CancelledError:
                 if not self._took_back(server, task):
                     raise
-                assert self._lost is not None
-                failure = self._lost
+                assert server.why is not None
+                failure, counts = server.why, not isinstance(server.why, ServerLost)
             finally:
                 server.busy.discard(task)
                 self._wake(1)
-            if attempt == ATTEMPTS:
+            attempts += counts
+            if attempts == ATTEMPTS:
                 raise failure
             await asyncio.sleep(pause)
             self.redone += 1
-        raise AssertionError("counting never ends")
 
     def _took_back(self, server: _Server, task: asyncio.Task[Any]) -> bool:
         """Whether `withdraw` cancelled the request, and not its caller."""

@@ -6,6 +6,7 @@ as all servers have read it: a server that is started later gets weights like ev
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_distill.rollout.transports.crew import Crew
 from megatron_distill.rollout.transports.switchboard import Switchboard
 
 _NAME = "weights_"
+_OURS = re.compile(rf"{_NAME}(partial|\d{{6,}})")
 
 
 class Disk(Transport):
@@ -74,8 +76,12 @@ class Disk(Transport):
 
     def tidy(self) -> None:
         if self.crew.controls:
-            for folder in self._folder.glob(f"{_NAME}*"):
+            for folder in self._ours():
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _ours(self) -> list[Path]:
+        """Whatever else lies in a folder that somebody named is not ours to remove."""
+        return [folder for folder in self._folder.glob(f"{_NAME}*") if _OURS.fullmatch(folder.name)]
 
     @property
     def _partial(self) -> Path:
@@ -86,7 +92,7 @@ class Disk(Transport):
 
     def _make_room(self) -> None:
         """An empty folder; what a run that was cut off has left goes."""
-        for folder in self._folder.glob(f"{_NAME}*"):
+        for folder in self._ours():
             shutil.rmtree(folder)
         self._partial.mkdir(parents=True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from megatron_distill.errors import (
     ServerFailed,
     ServerLost,
     SyncError,
+    WrongWeights,
 )
-from megatron_distill.rollout.base import Given, Request, Sampling
+from megatron_distill.rollout.base import Completion, Given, Request, Sampling
 from megatron_distill.rollout.fleet import Fleet
 from megatron_distill.rollout.sglang import Address, Client, Limits
 from tests.broken import Behaviour, closed_port, listening, resetting, saying, silent
@@ -97,10 +99,16 @@ def test_what_an_answer_means(raw: bytes, kind: type[ServerError], told: str) ->
     assert len(str(error)) < 1000
 
 
+def test_an_address_holds_no_secret_since_it_is_shown() -> None:
+    with pytest.raises(ValueError, match="must name no user and no password") as caught:
+        Address("http://somebody:secret@10.0.0.7:30000")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_port_nobody_listens_on() -> None:
     async def ask() -> None:
         async with Client(Address(f"http://127.0.0.1:{closed_port()}")) as client:
-            assert not await client.ready()
+            assert not await client.reacts()
             with pytest.raises(ServerLost, match=r"no connection .*is gone"):
                 await client.info()
 
@@ -114,13 +122,25 @@ def test_a_connection_that_is_reset_is_a_lost_server() -> None:
 def test_a_server_that_never_answers_costs_a_bounded_time() -> None:
     async def ask() -> None:
         async with listening(silent) as url, Client(Address(url), limits=SHORT) as client:
-            assert not await client.ready()
+            assert not await client.reacts()
             with pytest.raises(RequestTimedOut, match=r"no answer within 0.3 s"):
                 await client.info()
             with pytest.raises(RequestTimedOut):
                 await client.pause()
 
     within(5, ask())
+
+
+@pytest.mark.parametrize("session", [Client.begin_update, Client.end_update])
+def test_a_server_without_the_routes_of_a_session_is_too_old_for_it(session: Any) -> None:
+    async def ask(status: str) -> bool:
+        async with listening(saying(http(status, b'{"detail": "no"}'))) as url, Client(Address(url)) as client:
+            return await session(client)
+
+    assert within(5, ask("200 OK")) is True
+    assert within(5, ask("404 Not Found")) is False
+    with pytest.raises(RequestRefused, match="HTTP 400"):
+        within(5, ask("400 Bad Request"))
 
 
 @pytest.mark.parametrize(
@@ -221,3 +241,47 @@ def test_a_server_that_keeps_failing_is_asked_a_few_times_with_growing_pauses() 
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert len(pauses) == 4
     assert all(pause >= 0.19 * 2**number for number, pause in enumerate(pauses))
+
+
+def test_a_request_is_withdrawn_from_hung_servers_as_often_as_they_come_back() -> None:
+    """How often they may is for who supervises to say, and its bound is the larger one."""
+
+    async def ask() -> None:
+        async with withdrawing(ServerLost("silent"), times=8) as (fleet, task, answer):
+            answer.set()
+            with pytest.raises(RequestRefused, match="never"):
+                await task
+            assert fleet.redone == 8
+
+    within(10, ask())
+
+
+def test_a_request_is_given_up_when_its_servers_always_have_other_weights() -> None:
+    async def ask() -> None:
+        async with withdrawing(WrongWeights("an old version"), times=5) as (fleet, task, _):
+            with pytest.raises(WrongWeights, match="an old version"):
+                await task
+            assert fleet.redone == 4
+
+    within(10, ask())
+
+
+@asynccontextmanager
+async def withdrawing(
+    why: EngineError, times: int
+) -> AsyncIterator[tuple[Fleet, asyncio.Task[list[Completion]], asyncio.Event]]:
+    """A request whose server was so often withdrawn, and admitted again, while it answered; it does when it is let."""
+    asked, answer = asyncio.Queue[None](), asyncio.Event()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.put_nowait(None)
+        await answer.wait()
+        await saying(http("400 Bad Request", b'{"message": "never"}'))(reader, writer)
+
+    async with listening(hold) as url, Fleet([Client(Address(url))], on_lost=lambda url, why: None) as fleet:
+        task = asyncio.create_task(fleet.generate_all([ASKED]))
+        for _ in range(times):
+            await asked.get()
+            fleet.withdraw(url, why)
+            fleet.admit(url)
+        yield fleet, task, answer
