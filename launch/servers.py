@@ -20,13 +20,15 @@ from urllib.parse import urlsplit
 from megatron_distill.config import RunConfig, load
 from megatron_distill.errors import ConfigError, DistillError
 from megatron_distill.rollout.engines.sglang import SGLang
+from megatron_distill.rollout.server_settings import is_loopback
 from megatron_distill.rollout.servers import Device, ServerGroup, ServerProcess, ServerSettings
 from megatron_distill.runtime.backend import choose
 from megatron_distill.teachers.remote import RemotePart
 
 LOOK_SECONDS = 1.0
 SILENT_SECONDS = 60.0
-"""How long a server that was ready may leave looks unanswered before it counts as hung."""
+"""How long a server that was ready may leave looks unanswered before it counts as hung, besides the time that it may
+take for new weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,12 @@ def wanted(run: RunConfig) -> list[Wanted]:
     return found
 
 
+def silent_seconds(run: RunConfig) -> float:
+    """Longest that a server which is well leaves a look unanswered: while a bucket of new weights comes."""
+    engine = getattr(run.rollout, "engine", None)
+    return SILENT_SECONDS + (engine.sync.timeout_seconds if isinstance(engine, SGLang) else 0)
+
+
 def _wanted(where: str, name: str, model: Path, settings: ServerSettings, urls: Sequence[str]) -> Wanted:
     if urls:
         parts = [urlsplit(url) for url in urls]
@@ -72,6 +80,11 @@ def _wanted(where: str, name: str, model: Path, settings: ServerSettings, urls: 
                 f"{where}.urls: {', '.join(urls)}: servers that are started together have one host and ports in a row; "
                 f"start the others from where they are to run, with {where}.urls=[...] of their own"
             )
+        if is_loopback(settings.host) and not is_loopback(parts[0].hostname or ""):
+            raise ConfigError(
+                f"{where}.urls: nobody reaches {urls[0]} while servers listen at {where}.servers.host={settings.host}: "
+                "set that to an address of this machine on a network that is yours alone, or 0.0.0.0 for all of them"
+            )
         settings = replace(settings, count=len(urls), port=ports[0])
     return Wanted(where=where, name=name, model=model, settings=settings)
 
@@ -79,8 +92,14 @@ def _wanted(where: str, name: str, model: Path, settings: ServerSettings, urls: 
 class Watch:
     """Servers that are started anew when they die or hang."""
 
-    def __init__(self, groups: Sequence[ServerGroup]) -> None:
+    def __init__(self, groups: Sequence[ServerGroup], silent_seconds: float) -> None:
+        """
+        Args:
+            groups: all servers; started.
+            silent_seconds: longest that a server may leave looks unanswered.
+        """
         self.processes = [process for group in groups for process in group.processes]
+        self._silent_seconds = silent_seconds
         self._heard: dict[str, float] = {}
         """When a server that was ready answered last."""
 
@@ -106,10 +125,10 @@ class Watch:
                 self._look_at_start(process)
             elif not process.alive():
                 self._anew(process, "has ended")
-            elif process.answers():
+            elif process.reacts():
                 self._heard[process.url] = time.monotonic()
-            elif time.monotonic() - heard > SILENT_SECONDS:
-                self._anew(process, f"has not answered for {SILENT_SECONDS:g} s")
+            elif time.monotonic() - heard > self._silent_seconds:
+                self._anew(process, f"has not answered for {self._silent_seconds:g} s")
 
     def _look_at_start(self, process: ServerProcess) -> None:
         if process.check_ready():
@@ -144,7 +163,7 @@ def serve(run: RunConfig) -> None:
         for one, group in zip(everything, groups, strict=True):
             say(f"starting {len(group.urls)} of {one.model} for {one.where}, logs in {logs}")
             group.start()
-        watch = Watch(groups)
+        watch = Watch(groups, silent_seconds(run))
         watch.wait_ready()
         for one, group in zip(everything, groups, strict=True):
             say(f"ready: {one.where}.urls=[{','.join(group.urls)}]")

@@ -60,6 +60,7 @@ class ServerProcess:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._process: subprocess.Popen[bytes] | None = None
+        self._key: str | None = None
         self._secret: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
         self._ready_by = 0.0
@@ -99,7 +100,7 @@ class ServerProcess:
 
     def _secret_arguments(self) -> list[str]:
         """The key in a file that only the owner can read, and that is gone as soon as the server has read it."""
-        key = read_api_key(self.settings.api_key_file)
+        self._key = key = read_api_key(self.settings.api_key_file)
         if key is None:
             return []
         self._secret = tempfile.TemporaryDirectory(prefix="server-")
@@ -118,10 +119,20 @@ class ServerProcess:
         return self._process is not None and self._process.poll() is None
 
     def answers(self) -> bool:
-        """Whether it says that it is ready; takes up to 5 s."""
+        """Whether it says that it is ready; takes up to 5 s. It says so even if its scheduler hangs: see `reacts`."""
+        return self._opens("/health")
+
+    def reacts(self) -> bool:
+        """Whether its scheduler answers, which it does not while it takes new weights; takes up to 5 s."""
+        return self._opens("/server_info")
+
+    def _opens(self, path: str) -> bool:
+        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         try:
-            with _direct.open(f"{self.url}/health", timeout=PROBE_SECONDS) as response:
-                return response.status == 200
+            with _direct.open(
+                urllib.request.Request(self.url + path, headers=headers), timeout=PROBE_SECONDS
+            ) as answer:
+                return answer.status == 200
         except (OSError, urllib.error.URLError):
             return False
 

@@ -100,10 +100,15 @@ class Client(Connection):
             f"{self.url}: cannot find out the size of its vocabulary; is it SGLang 0.5.23?", server=self.url
         )
 
-    async def ready(self) -> bool:
-        """Whether it takes requests now; cheap, asks nothing of the model. A server that is paused does not."""
+    async def reacts(self, seconds: float | None = None) -> bool:
+        """Whether its scheduler answers; asks nothing of the model, and one that is paused answers too.
+
+        Args:
+            seconds: it may take; default `limits.control_seconds`.
+        """
         try:
-            await self.call("GET", "/ready")
+            # `/health`, `/ready` and `/model_info` are answered whatever becomes of the scheduler
+            await self.call("GET", "/server_info", seconds=seconds)
         except (ServerLost, ServerFailed, RequestTimedOut):
             return False
         return True

@@ -182,16 +182,9 @@ async def _watch(fleet: Fleet, seconds: float) -> None:
     while True:
         await asyncio.sleep(min(LOOK_SECONDS, seconds))
         for client in fleet.clients:
-            if client.url in fleet.serving and not await _reacts(client, seconds):
+            if client.url in fleet.serving and not await client.reacts(seconds):
                 why = f"{client.url}: did not say within {seconds:g} s that it is there"
                 fleet.withdraw(client.url, ServerLost(why, server=client.url))
-
-
-async def _reacts(client: Client, seconds: float) -> bool:
-    try:
-        return await asyncio.wait_for(client.ready(), seconds)
-    except TimeoutError:
-        return False
 
 
 def alive(served: Served, addresses: Sequence[Address]) -> list[str]:
@@ -201,7 +194,7 @@ def alive(served: Served, addresses: Sequence[Address]) -> list[str]:
         found = []
         for address in addresses:
             async with served.client(address) as client:
-                if await _reacts(client, served.silent_seconds):
+                if await client.reacts(served.silent_seconds):
                     found.append(address.url)
         return found
 

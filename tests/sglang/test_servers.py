@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_distill.rollout.servers import ServerGroup
+from launch.servers import Watch
+from megatron_distill.rollout.servers import ServerGroup, ServerSettings
 
 KEY = "a-key-that-nobody-may-see"
 
@@ -61,6 +62,24 @@ def test_servers_answer_at_addresses_of_this_machine_alone(served: ServerGroup) 
         addresses = {line.split()[1] for line in listening if line.split()[3] == "0A"}
         assert f"0100007F:{process.port:04X}" in addresses
         assert f"00000000:{process.port:04X}" not in addresses
+
+
+def test_a_server_whose_scheduler_hangs_is_started_anew(
+    server_python: Path, tiny_served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ServerGroup(ServerSettings(python=server_python), tiny_served, "cpu", logs=tmp_path) as group:
+        watch = Watch([group], silent_seconds=6)
+        watch.wait_ready()
+        watch.look()
+        [process] = group.processes
+        first = process.pid
+        [scheduler] = [one for one in members(first) if "scheduler" in Path(f"/proc/{one}/cmdline").read_text()]
+        os.kill(scheduler, signal.SIGSTOP)
+        assert process.answers()  # so that asking whether it is there is not enough
+        eventually(lambda: watch.look() or process.pid != first, 30)
+        eventually(lambda: watch.look() or process.reacts(), 400)
+        assert process.starts == 2
+    assert "has not answered for 6 s; starting it anew" in capsys.readouterr().out
 
 
 class Launched:

@@ -100,7 +100,7 @@ class Elsewhere:
         async with Client(self._addresses[url]) as client:
             while True:
                 try:
-                    await client.call("GET", "/model_info", seconds=POLL_SECONDS * 5)
+                    await client.call("GET", "/server_info", seconds=POLL_SECONDS * 5)  # its scheduler answers
                     await client.resume()  # a trainer that was killed may have left it paused
                     return
                 except ServerError as error:

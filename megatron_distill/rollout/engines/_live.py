@@ -249,7 +249,7 @@ class LiveFleet:
         """Whether it says so within `silent_seconds`, of a few times that it is asked."""
         end = time.monotonic() + self._care.silent_seconds
         while self._keeper.alive(url):
-            if await self._answers(url, "/model_info") is None:
+            if await self._clients[url].reacts(self._care.probe_seconds):
                 return True
             if time.monotonic() >= end:
                 return False
@@ -300,7 +300,7 @@ class LiveFleet:
 
     async def _look_at(self, url: str) -> None:
         """See whether a server lives, reacts, and computes; never acts while weights are pushed."""
-        error = await self._answers(url, "/health_generate") if self._keeper.alive(url) else None
+        error = await self._unhealthy(url) if self._keeper.alive(url) else None
         state = self._roster[url].state
         if self._pushes or state not in (State.STALE, State.SERVING, State.SUSPECT):
             return
@@ -314,10 +314,10 @@ class LiveFleet:
         elif state is State.SUSPECT and time.monotonic() - self._roster[url].since > self._care.silent_seconds:
             self._lose(url, f"{url}: silent for {self._care.silent_seconds:g} s: {error}")
 
-    async def _answers(self, url: str, path: str) -> ServerError | None:
-        """What is wrong with the answer."""
+    async def _unhealthy(self, url: str) -> ServerError | None:
+        """What is wrong with it: it is made to compute, unless it does so already."""
         try:
-            await self._clients[url].call("GET", path, seconds=self._care.probe_seconds)
+            await self._clients[url].call("GET", "/health_generate", seconds=self._care.probe_seconds)
         except ServerError as error:
             return error
         return None
