@@ -101,7 +101,7 @@ def test_nothing_is_started_before_the_first_answer() -> None:
     before = set(os.listdir("/proc/self/task"))
     judge = Math().connect()
     assert judge.score([(None, "5")])[0].reward is None
-    assert set(os.listdir("/proc/self/task")) == before
+    assert set(os.listdir("/proc/self/task")) <= before  # threads of tests before may end meanwhile
     judge.close()
 
 
