@@ -17,6 +17,7 @@ that is lost are written again, by the same prompts.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -71,6 +72,8 @@ class _Written:
 
     scored: list[Scored]
     state: dict[str, int]
+    seconds: float
+    """That it took, beside training."""
 
 
 class Prefetch:
@@ -98,6 +101,7 @@ class Prefetch:
         self._source, self._settings, self._ranks, self._steps = source, settings, ranks, steps
         self._engine = None if engine is None else BetweenBatches(engine, self)
         self._state = source.state()
+        self._seconds = 0.0
         self._weights: tuple[HoldsWeights, int] | None = None
         self._pending = False  # weights that the engine does not have yet
         self._resting = True  # no batch is begun before the next `next`; the same on all ranks, as all but these are:
@@ -134,8 +138,13 @@ class Prefetch:
         self._open(step + self._settings.depth + 1)
         self._wait_for(step + 1)
         written = self._batches.pop(step).result()
-        self._state = written.state
+        self._state, self._seconds = written.state, written.seconds
         return written.scored
+
+    @property
+    def seconds(self) -> float:
+        """In which the batch that was handed over last was written, however little of it training waited for."""
+        return self._seconds
 
     def publish(self, student: HoldsWeights, version: int) -> None:
         """From the next batch on write with these weights; with `on_update: continue`, from now on.
@@ -279,8 +288,10 @@ class Prefetch:
                     return
                 self._begun = step + 1
                 batch = self._batches[step]
+            begun = time.perf_counter()
             try:
-                batch.set_result(_Written(self._source.next(step), self._source.state()))
+                scored = self._source.next(step)
+                batch.set_result(_Written(scored, self._source.state(), time.perf_counter() - begun))
             except BaseException as error:  # nobody sees what ends a thread: the main thread raises it
                 batch.set_exception(error)
                 return
@@ -303,8 +314,8 @@ class BetweenBatches:
 
     @property
     def figures(self) -> Mapping[str, float]:
-        """What it has to tell of itself."""
-        return self._engine.figures
+        """What it has to tell of itself, and how long it wrote."""
+        return {**self._engine.figures, "writing_s": self._prefetch.seconds}
 
     @property
     def version(self) -> int:

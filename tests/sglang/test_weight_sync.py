@@ -41,6 +41,7 @@ from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.testing.world import Worlds
 from megatron_distill.train.step import bind
 from megatron_distill.types import Origin, Prompt, Rollout, Scored, Stop, TokenStats
+from tests.busy import until_writing
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(600)]
 
@@ -249,9 +250,6 @@ def push_under_requests(
         written: list[Completion] = []
         under_way = threading.Event()
 
-        async def busy(client: Client) -> bool:
-            return (await client.call("GET", "/v1/loads"))["loads"][0]["num_running_reqs"] > 0
-
         async def write() -> None:
             async with Client(addresses[0], stop_ids=STOP_IDS) as one, Client(addresses[1], stop_ids=STOP_IDS) as two:
                 sampling = Sampling(temperature=1.0, max_new_tokens=380)
@@ -263,8 +261,7 @@ def push_under_requests(
                         for n, request in enumerate(requests)
                     )
                 )
-                while not asked.done() and not all([await busy(client) for client in (one, two)]):
-                    await asyncio.sleep(0.01)
+                await asyncio.gather(*map(until_writing, (one, two)))
                 under_way.set()
                 written.extend(await asked)
 

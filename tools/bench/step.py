@@ -27,6 +27,8 @@ from rich.table import Table
 
 from tools.bench.machine import write_results
 
+type Line = Mapping[str, float]
+"""What metrics.jsonl says of a step."""
 PHASES = ("rollout", "pack", "teacher", "score", "train", "sync")
 STEPS, WARM_UP = 6, 2
 """Steps of each run, and how many at its beginning are not counted."""
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
     if chosen.config:
-        console.print(_table([{"name": chosen.config, **measure(chosen.config, chosen.overrides, chosen.steps)}]))
+        found = summarise(train(chosen.config, chosen.overrides, chosen.steps))
+        console.print(_table([{"name": chosen.config, **found}]))
         return 0
     runs = []
     for case in CASES:
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"measuring {case.name}", style="dim")
         with tempfile.TemporaryDirectory() as folder:
             config = prepare(case, Path(folder))
-            found = measure(str(config), [*case.settings, *chosen.overrides], chosen.steps)
+            found = summarise(train(str(config), [*case.settings, *chosen.overrides], chosen.steps))
         runs.append({"name": case.name, "parallel": case.parallel, "size": asdict(case.size), **found})
     console.print(_table(runs))
     if not chosen.no_write:
@@ -121,8 +124,8 @@ def prepare(case: Case, folder: Path) -> Path:
     return path
 
 
-def measure(config: str, overrides: Sequence[str], steps: int) -> dict[str, Any]:
-    """Train `steps` steps by a config, in a run folder of the bench's own, and read what it says of itself.
+def train(config: str, overrides: Sequence[str], steps: int) -> list[Line]:
+    """Train `steps` steps by a config, in a run folder of the bench's own: what it says of the steps that count.
 
     Raises:
         SystemExit: the run failed; its own message is above.
@@ -136,23 +139,27 @@ def measure(config: str, overrides: Sequence[str], steps: int) -> dict[str, Any]
         if done.returncode != 0:
             raise SystemExit(f"bench: training by {config} failed with {done.returncode}")
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return summarise([json.loads(line) for line in lines])
+    return counted([json.loads(line) for line in lines])
 
 
-def summarise(lines: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Medians over the steps after `WARM_UP`, of the lines of a metrics.jsonl."""
-    counted = [line for line in lines if line["step"] > WARM_UP and "time/step_s" in line]
+def counted(lines: Sequence[Line]) -> list[Line]:
+    """Those of a metrics.jsonl that tell of a step, but for the first ones."""
+    return [line for line in lines if line["step"] > WARM_UP and "time/step_s" in line]
+
+
+def summarise(lines: Sequence[Line]) -> dict[str, Any]:
+    """Medians over steps, of the lines of a metrics.jsonl."""
 
     def median(name: str) -> float:
-        return statistics.median(float(line[name]) for line in counted)
+        return statistics.median(float(line[name]) for line in lines)
 
     return {
-        "steps": len(counted),
+        "steps": len(lines),
         "tokens": median("batch/tokens"),
         "tokens_per_s": median("perf/tokens_per_s"),
         "step_s": median("time/step_s"),
         "phases_s": {phase: median(f"time/{phase}_s") for phase in PHASES},
-        "peak_gib": max(float(line["memory/peak_gib"]) for line in counted),
+        "peak_gib": max(float(line["memory/peak_gib"]) for line in lines),
     }
 
 

@@ -111,7 +111,7 @@ def interleave(methods: Sequence[Method], rounds: int, watch: Stopwatch, warm_up
     return {name: Samples(tuple(times)) for name, times in found.items()}
 
 
-def order(methods: Sequence[Method], number: int) -> list[Method]:
+def order[T](methods: Sequence[T], number: int) -> list[T]:
     """The methods as they run in a round: the next one begins each time, and every other round goes backwards."""
     start = number % len(methods)
     if number % 2:

@@ -102,6 +102,20 @@ def test_others_use_the_engine_between_batches_with_the_newest_weights(folder: P
     source.close()
 
 
+def test_the_engine_tells_how_long_a_batch_was_written(folder: Path, tmp_path: Path) -> None:
+    source, student = ahead(surroundings(folder, tmp_path, steps=2), alone())
+    assert source.engine is not None
+    source.publish(student, 0)
+    begun = time.perf_counter()
+    source.next(0)
+    waited = time.perf_counter() - begun
+    assert 0.2 * waited < source.engine.figures["writing_s"] < waited
+    first = source.engine.figures["writing_s"]
+    source.rest()  # the next one is written, and not handed over
+    assert source.engine.figures["writing_s"] == first
+    source.close()
+
+
 def test_the_embedded_engine_takes_no_weights_while_it_writes(folder: Path, tmp_path: Path) -> None:
     with BUILDING:
         inner = PART.connect(surroundings(folder, tmp_path))

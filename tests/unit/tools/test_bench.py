@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.bench import bars, comparisons, figures, machine, report, rivals, step
+from tools.bench import bars, comparisons, figures, machine, overlap, report, rivals, step
 from tools.bench.collectives import EXPECTED, counted
 from tools.bench.comparisons import COMPILED, EAGER, MEGATRON, MEGATRON_FUSED, NAIVE, OURS, Contender, admit
 from tools.bench.equal import errors
@@ -300,9 +300,18 @@ def test_steps_are_summarised_by_phase_without_the_first():
         of_all = {"batch/tokens": 100.0, "perf/tokens_per_s": 100 / seconds, "memory/peak_gib": seconds}
         return {"step": number, "time/step_s": seconds, **of_all, **phases}
 
-    found = step.summarise([line(1, 90.0), line(2, 80.0), line(3, 1.0), line(4, 2.0), line(5, 4.0)])
+    lines = [line(1, 90.0), line(2, 80.0), line(3, 1.0), line(4, 2.0), line(5, 4.0)]
+    found = step.summarise(step.counted(lines))
     assert (found["steps"], found["step_s"], found["tokens_per_s"], found["peak_gib"]) == (3, 2.0, 50.0, 4.0)
     assert found["phases_s"] == dict.fromkeys(step.PHASES, 0.2)
+
+
+def test_a_step_with_rollouts_ahead_is_a_share_of_its_longer_half():
+    def line(waited, rest, writing):
+        return {"time/step_s": waited + rest, "time/rollout_s": waited, "engine/writing_s": writing}
+
+    # the second batch is written beside the first step and waited for in the second: 4 + 1 s, of which writing took 4.5
+    assert overlap.shares([line(9.0, 4.0, 9.0), line(1.0, 5.0, 4.5), line(0.5, 3.0, 2.0)]) == [5 / 4.5, 5.5 / 5]
 
 
 def test_the_step_bench_writes_a_config_that_can_be_run(tmp_path):
