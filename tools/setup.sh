@@ -44,7 +44,10 @@ failed: install it, or name one with PYTHON=/path/to/python3.12"
     rm -f "$stamp"
     say "installing the packages of $requirements into .venv: some 3 GB to download the first time, 6 GB on disk"
     say "(most of it is torch's CUDA libraries, which its CPU path needs as well; minutes on a slow line)"
-    "$uv" pip sync --python .venv/bin/python --require-hashes "$requirements"
+    # Where Python is told to keep nothing that it compiles, as in many containers, each process would compile all that it
+    # imports: here it is done once.
+    compile=${PYTHONDONTWRITEBYTECODE:+--compile-bytecode}
+    "$uv" pip sync --python .venv/bin/python --require-hashes "$requirements" $compile
     say "installing megatron-distill itself, editable"
     "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
     current_stamp > "$stamp"

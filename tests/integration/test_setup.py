@@ -88,6 +88,13 @@ def test_pyenv_python_is_found_behind_a_shim_that_refuses(machine: Machine) -> N
     assert "pip sync --python .venv/bin/python --require-hashes requirements/dev.txt" in machine.calls()
 
 
+def test_packages_are_compiled_where_python_may_not_keep_what_it_compiles(machine: Machine) -> None:
+    assert machine.setup(PYTHON=sys.executable, PYTHONDONTWRITEBYTECODE="1").returncode == 0
+    assert (
+        "pip sync --python .venv/bin/python --require-hashes requirements/dev.txt --compile-bytecode" in machine.calls()
+    )
+
+
 def test_second_call_is_silent_and_quick_until_the_requirements_change(machine: Machine) -> None:
     assert machine.setup(PYTHON=sys.executable).returncode == 0
     first = machine.calls()
