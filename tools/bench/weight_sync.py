@@ -7,6 +7,9 @@ Both in the same world of two ranks, in turn: `push` sends all weights of a mode
 already and has been used before. A push does more: it brings shards together, stops the server, announces buckets over
 HTTP, and the server loads what it got into its own layout. The bar is a share of the plain broadcast's speed
 nevertheless, for both transports that no disk slows: `broadcast`, and `tensor`, which `sync.transport=auto` takes here.
+
+How much the bar leaves to a push over sockets is measured too: `loading` is the plain broadcast once more, to a rank
+that does what servers do, copying each bucket to where it belongs before it receives the next one. No pause, no HTTP.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from megatron_distill.models.student import Student, StudentSection
 from megatron_distill.rollout.servers import ServerGroup, ServerSettings
 from megatron_distill.rollout.sglang import Address
 from megatron_distill.rollout.sync import SyncSettings, WeightSync
+from megatron_distill.rollout.transports.buckets import buckets
 from megatron_distill.runtime.backend import choose
 from megatron_distill.runtime.mesh import ParallelSizes
 from megatron_distill.runtime.precision import Precision
@@ -38,6 +42,7 @@ from megatron_distill.runtime.start import start
 from megatron_distill.testing.tiny import tiny_model
 from megatron_distill.testing.world import Worlds
 from tools.bench.machine import write_results
+from tools.bench.timing import order
 
 BAR = 0.8
 """Least share of the plain broadcast's MB/s."""
@@ -126,52 +131,60 @@ def _on_a_rank(folder: Path, layout: str, settings: SyncSettings, urls: list[str
     with start(LAYOUTS[layout], Precision()) as runtime:
         student = Student.build(StudentSection(model=folder), OptimizerSection(), runtime, steps=1)
         tensors = [torch.ones(plan.shape, dtype=plan.dtype) for plan in student.stage_plan()]
+        receives = runtime.mesh.rank == 1
+        loaded = [torch.zeros_like(tensor) for tensor in tensors] if receives else tensors
+        pairs = list(zip(tensors, loaded, strict=True))
         sync = WeightSync(settings, runtime.mesh)
-        pushes, broadcasts = [], []
 
-        def push(version: int) -> float:
-            runtime.mesh.barrier()
-            begun = time.perf_counter()
+        def push(version: int) -> None:
             sync.push(student, addresses, version)
-            return time.perf_counter() - begun
 
-        def broadcast() -> float:
-            runtime.mesh.barrier()
-            begun = time.perf_counter()
+        def broadcast(version: int) -> None:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+        def loading(version: int) -> None:
+            for bucket in buckets(pairs, round(settings.bucket_mb * 2**20) // 2, lambda pair: pair[0].nbytes):
+                for tensor, _ in bucket:
+                    dist.broadcast(tensor, src=0)
+                for tensor, place in bucket if receives else ():
+                    place.copy_(tensor)
+
+        def timed(work: Callable[[int], None], version: int) -> float:
+            runtime.mesh.barrier()
+            begun = time.perf_counter()
+            work(version)
             runtime.mesh.barrier()  # rank 0 is done when rank 1 has everything
             return time.perf_counter() - begun
 
+        ways = (push, broadcast, loading)
+        seconds: dict[str, list[float]] = {way.__name__: [] for way in ways}
         for number in range(WARM_UP + rounds):
-            if number % 2:
-                broadcasts.append(broadcast())
-                pushes.append(push(number))
-            else:
-                pushes.append(push(number))
-                broadcasts.append(broadcast())
+            for way in order(ways, number):
+                seconds[way.__name__].append(timed(way, number))
         sync.close()
-    return summarise(sum(tensor.nbytes for tensor in tensors), pushes[WARM_UP:], broadcasts[WARM_UP:])
+    counted = {name: times[WARM_UP:] for name, times in seconds.items()}
+    return summarise(sum(tensor.nbytes for tensor in tensors), **counted)
 
 
-def summarise(size: int, pushes: Sequence[float], broadcasts: Sequence[float]) -> dict[str, Any]:
-    """MB/s (10^6 bytes) of medians of seconds, their ratio, and the ratios of single rounds."""
-    push, broadcast = statistics.median(pushes), statistics.median(broadcasts)
-    single = [two / one for one, two in zip(pushes, broadcasts, strict=True)]
+def summarise(size: int, push: Sequence[float], broadcast: Sequence[float], loading: Sequence[float]) -> dict[str, Any]:
+    """MB/s (10^6 bytes) of medians of seconds, ratios to the plain broadcast, and the push's of single rounds."""
+    seconds = {"push": push, "broadcast": broadcast, "loading": loading}
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    single = [two / one for one, two in zip(push, broadcast, strict=True)]
     return {
         "megabytes": size / 1e6,
-        "push_s": push,
-        "broadcast_s": broadcast,
-        "push_mb_per_s": size / 1e6 / push,
-        "broadcast_mb_per_s": size / 1e6 / broadcast,
-        "ratio": broadcast / push,
+        **{f"{name}_s": median for name, median in medians.items()},
+        **{f"{name}_mb_per_s": size / 1e6 / median for name, median in medians.items()},
+        "ratio": medians["broadcast"] / medians["push"],
         "ratio_of_single_rounds": [min(single), max(single)],
+        "ratio_of_loading": medians["broadcast"] / medians["loading"],
     }
 
 
 def _table(runs: Sequence[dict[str, Any]]) -> Table:
     table = Table("transport", "student")
-    for column in ("MB", "push s", "MB/s", "plain broadcast MB/s", "ratio", "rounds"):
+    for column in ("MB", "push s", "MB/s", "plain broadcast MB/s", "ratio", "rounds", "loading: ratio"):
         table.add_column(column, justify="right")
     for run in runs:
         low, high = run["ratio_of_single_rounds"]
@@ -184,6 +197,7 @@ def _table(runs: Sequence[dict[str, Any]]) -> Table:
             f"{run['broadcast_mb_per_s']:.0f}",
             f"{run['ratio']:.2f}",
             f"{low:.2f} .. {high:.2f}",
+            f"{run['ratio_of_loading']:.2f}",
         )
     return table
 
