@@ -9,8 +9,8 @@ them. The handing over of weights is hidden by neither, for both sides take part
 
 What that cannot see is one side making the other slower. So the same run is made synchronous too, where a step is
 rollout and then all the rest, in interleaved rounds, and a step with depth 1 is told as a share of its longer half as
-well. That share holds whatever cores take from each other's caches and memory: two programs that have nothing to do
-with each other would not reach 1 either.
+well, under the same bar. That share also holds what cores take from each other's caches and memory: two programs that
+have nothing to do with each other would not reach 1 either.
 
 Both cores must be idle otherwise. `make sglang` sets up what runs the server.
 """
@@ -39,7 +39,7 @@ from tools.bench.step import WARM_UP, Case, Line, Size, prepare, summarise, trai
 from tools.bench.timing import order
 
 BAR = 1.1
-"""Most that a step with depth 1 may take, as a share of the longer of its halves."""
+"""Most that a step with depth 1 may take, as a share of the longer of its halves, and of a synchronous step's."""
 SIZE = Size(hidden=128, layers=4, teacher_hidden=512, teacher_layers=4, vocab=2048, prompts=16, new_tokens=128)
 SAMPLES = 4
 """Responses to each prompt."""
@@ -86,6 +86,7 @@ def compare(config: str, url: str, rounds: int, steps: int, overrides: Sequence[
     rollout = alone["phases_s"]["rollout"]
     rest = alone["step_s"] - rollout
     share = median([share for run in found[1] for share in shares(run)])
+    alone_share = ahead["step_s"] / max(rollout, rest)
     return {
         "clock": f"wall, medians over {rounds} interleaved rounds of {steps - WARM_UP - 1} steps",
         "server": "one SGLang server on the same machine",
@@ -93,9 +94,9 @@ def compare(config: str, url: str, rounds: int, steps: int, overrides: Sequence[
         "depth_1": ahead | {"writing_s": median([line[WRITING] for run in found[1] for line in run])},
         "share_of_longer": round(share, 4),
         "share_of_longer_by_round": [round(one, 4) for one in of_one],
-        "share_of_longer_alone": round(ahead["step_s"] / max(rollout, rest), 4),
+        "share_of_longer_alone": round(alone_share, 4),
         "bar": BAR,
-        "passed": share <= BAR,
+        "passed": max(share, alone_share) <= BAR,
     }
 
 
@@ -114,12 +115,15 @@ def describe(found: dict[str, Any]) -> str:
     """The figures in words."""
     alone, ahead = found["synchronous"], found["depth_1"]
     rollout, waited = alone["phases_s"]["rollout"], ahead["phases_s"]["rollout"]
+    verdicts = [
+        "met" if found[name] <= found["bar"] else "MISSED" for name in ("share_of_longer", "share_of_longer_alone")
+    ]
     return (
         f"with depth 1: writing {ahead['writing_s']:.2f} s, the rest {ahead['step_s'] - waited:.2f} s, a step "
         f"{ahead['step_s']:.2f} s: {found['share_of_longer']:.3f} of the longer (bar {found['bar']}): "
-        f"{'met' if found['passed'] else 'MISSED'}\n"
+        f"{verdicts[0]}\n"
         f"synchronous: rollout {rollout:.2f} s, then the rest {alone['step_s'] - rollout:.2f} s: a step with depth 1 "
-        f"takes {found['share_of_longer_alone']:.3f} of the longer, which had the machine to itself"
+        f"takes {found['share_of_longer_alone']:.3f} of the longer, which had the machine to itself: {verdicts[1]}"
     )
 
 
